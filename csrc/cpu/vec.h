@@ -1,0 +1,128 @@
+// Vectors of one class: GCC/Clang vector extensions, so that one source serves every width. Only for files compiled
+// with ENGINE_CLASS. Everything lies in the class's own namespace (see dispatch.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define ENGINE_LANES 16
+#elif defined(__AVX2__)
+#define ENGINE_LANES 8
+#else
+#define ENGINE_LANES 4
+#endif
+
+#define ENGINE_INLINE static inline __attribute__((always_inline))
+
+namespace engine::ENGINE_CLASS {
+
+constexpr int kLanes = ENGINE_LANES;
+typedef float vfloat __attribute__((vector_size(4 * ENGINE_LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * ENGINE_LANES)));
+typedef uint32_t vuint __attribute__((vector_size(4 * ENGINE_LANES)));
+typedef uint16_t vbits16 __attribute__((vector_size(2 * ENGINE_LANES)));
+
+constexpr float kInf = __builtin_inff();
+
+ENGINE_INLINE vfloat load(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+ENGINE_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+ENGINE_INLINE vfloat splat(float x) { return x - vfloat{}; }
+ENGINE_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+ENGINE_INLINE vfloat vmin(vfloat a, vfloat b) { return a < b ? a : b; }
+
+// The first n lanes from memory, the rest `fill`.
+ENGINE_INLINE vfloat load_part(const float* p, int64_t n, float fill) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : fill;
+  return load(lanes);
+}
+ENGINE_INLINE void store_part(float* p, vfloat v, int64_t n) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes && i < n; ++i) p[i] = lanes[i];
+}
+
+// bfloat16 is the upper half of a float32. Rounding is to nearest even; NaN stays NaN.
+ENGINE_INLINE float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+ENGINE_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+ENGINE_INLINE vfloat load(const uint16_t* p) {
+  vbits16 half;
+  std::memcpy(&half, p, sizeof(half));
+  const vuint wide = __builtin_convertvector(half, vuint) << 16;
+  return reinterpret_cast<const vfloat&>(wide);
+}
+ENGINE_INLINE void store(uint16_t* p, vfloat v) {
+  const vuint bits = reinterpret_cast<const vuint&>(v);
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint quiet = vuint{} + 0x7fc0;
+  const vbits16 half = __builtin_convertvector(v == v ? rounded : quiet, vbits16);
+  std::memcpy(p, &half, sizeof(half));
+}
+ENGINE_INLINE vfloat load_part(const uint16_t* p, int64_t n, float fill) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? from_bf16(p[i]) : fill;
+  return load(lanes);
+}
+ENGINE_INLINE void store_part(uint16_t* p, vfloat v, int64_t n) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bf16(lanes[i]);
+}
+
+// Horizontal results, always in the same order (a tree over the lanes).
+ENGINE_INLINE float hsum(vfloat v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+ENGINE_INLINE float hmax(vfloat v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// e^x: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 polynomial (Cephes expf), then the exponent. exp(0) = 1 and
+// exp(-inf) = 0 exactly; below -87.33 the result is 0, above 88.72 it is inf; NaN stays NaN.
+ENGINE_INLINE vfloat vexp(vfloat x) {
+  const vfloat low = splat(-87.33654f), high = splat(88.72283f);
+  const vfloat inside = vmin(vmax(x, low), high);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat n = (inside * 1.44269504088896341f + magic) - magic;
+  const vfloat r = (inside - n * 0.693359375f) - n * -2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  // 2^n in two steps: n = 128 has no float of its own.
+  const vint whole = __builtin_convertvector(n, vint);
+  const vint half = whole >> 1;
+  const vint scale1 = (half + 127) << 23, scale2 = (whole - half + 127) << 23;
+  vfloat y = p * reinterpret_cast<const vfloat&>(scale1) * reinterpret_cast<const vfloat&>(scale2);
+  y = x < low ? splat(0.0f) : y;
+  y = x > high ? splat(kInf) : y;
+  return x == x ? y : x;
+}
+
+}  // namespace engine::ENGINE_CLASS
