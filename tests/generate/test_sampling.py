@@ -72,7 +72,11 @@ def test_a_sum_rounded_below_u_gives_the_last_token_with_mass():
 
 @pytest.mark.parametrize(
     "settings",
-    [Sampling(temperature=0.5, top_k=5), Sampling(top_p=0.8), Sampling(temperature=2.0, top_k=6, top_p=0.9)],
+    [
+        Sampling(temperature=0.5, top_k=5),
+        Sampling(top_p=0.8),
+        Sampling(temperature=2.0, top_k=6, top_p=0.9),
+    ],
 )
 def test_draws_follow_the_filtered_law(settings):
     generator = np.random.default_rng(3)

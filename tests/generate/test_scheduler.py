@@ -1,4 +1,4 @@
-"""Pages and places of the scheduler: nothing leaks, nothing is written by two, everything that fits runs."""
+"""Pages and places: nothing leaks, nothing is written by two, everything that fits runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scheduler(requests, new, num_pages, max_active=64, page_size=4, prefill_toke
 
 
 def check_owners(running, requests, page_size):
-    """Each page's holders; a page that a sample may write (position >= P) belongs to that sample alone."""
+    """Each page's users; a page that a sample may write (position >= P) is that sample's alone."""
     users = Counter(page for start in running for page in set(start.pages))
     for start in running:
         assert len(set(start.pages)) == len(start.pages)
@@ -59,7 +59,7 @@ def test_every_sample_runs_once_and_no_page_leaks(data, requests, new):
             shared = request.length // page_size
             assert start.pages[:shared] == prefilled[start.request][:shared]
             assert len(start.pages) == -(-(request.length + new - 1) // page_size)
-            if request.length % page_size:  # the prompt's last page: copied, or taken by the last sample
+            if request.length % page_size:  # the prompt's last page: copied, or taken over
                 original = prefilled[start.request][-1]
                 assert start.copy == (original, start.pages[shared]) or (
                     start.copy is None
@@ -82,7 +82,7 @@ def test_every_sample_runs_once_and_no_page_leaks(data, requests, new):
 
 
 def test_the_prompt_pages_are_shared_and_only_the_partial_page_is_copied():
-    plan = scheduler([Request(10, 3)], new=5, num_pages=50)  # pages of 4: 2 full ones, 2 tokens in the third
+    plan = scheduler([Request(10, 3)], new=5, num_pages=50)  # 2 full pages of 4, 2 tokens more
     admission = plan.admit()
     (prefill,) = admission.prefills
     first, second, last = admission.starts
@@ -122,7 +122,7 @@ def test_a_prefill_is_cut_by_its_token_budget_and_a_longer_prompt_goes_alone():
 
 
 def test_what_can_never_fit_is_an_error_beforehand_with_the_figures():
-    with pytest.raises(ConfigError, match=r"prompt 1 \(9 tokens\) with max_new_tokens=8 needs 4 pages"):
+    with pytest.raises(ConfigError, match=r"prompt 1 \(9 tokens\) .*=8 needs 4 pages of 4"):
         scheduler([Request(1, 1), Request(9, 1)], new=8, num_pages=3)
     scheduler([Request(1, 1), Request(9, 1)], new=8, num_pages=4)
 

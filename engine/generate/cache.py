@@ -1,0 +1,61 @@
+"""Keys and values of running sequences, in pages of ``PAGE`` tokens at fixed absolute positions.
+Knows no model.
+
+Position t of a sequence with page table ``table`` lies in page ``table[t // PAGE]`` at row ``t %
+PAGE``, that is at slot ``table[t // PAGE] * PAGE + t % PAGE`` of the flat cache. Who holds which
+page is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PAGE = 16
+
+
+def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers, keys and values."""
+    return 2 * layers * PAGE * kv_heads * head_dim * dtype.itemsize
+
+
+class PageCache:
+    """``keys[layer]``, ``values[layer]``: (num_pages, PAGE, Hk, D) each.
+
+    Zero-filled, since rows behind a sequence's end take part in blocked products with weight 0, and
+    0 * nan is nan.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        num_pages: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_pages, PAGE, kv_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put ``k``, ``v`` (N, Hk, D) at ``slots`` (N,) int64 of the flat cache."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, destination), in every layer."""
+        if not pairs:
+            return
+        source, destination = torch.tensor(pairs, device=self.keys[0].device).unbind(-1)
+        for pages in (*self.keys, *self.values):
+            pages.index_copy_(0, destination, pages.index_select(0, source))
+
+
+def prompt_slots(pages: Sequence[int], length: int) -> Tensor:  # (length,) int64
+    """Slots of positions 0 .. length - 1 of a sequence in ``pages``."""
+    starts = torch.tensor(pages, dtype=torch.int64)[:, None] * PAGE
+    return (starts + torch.arange(PAGE)).flatten()[:length]
