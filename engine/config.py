@@ -1,0 +1,362 @@
+"""One frozen dataclass a stage: what `python -m engine.train` reads and what a run folder records.
+
+Names follow Hugging Face's TrainingArguments and TRL's trainers where they have one. Values are checked when the
+dataclass is made; an error says what was given and what is wanted. Paper sections are those of InstructGPT
+(Ouyang et al. 2022).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import ConfigError
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+def require(condition: bool, key: str, value: object, want: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: got {value!r}, want {want}")
+
+
+def positive(config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        require(value is None or value > 0, key, value, "a number above 0")
+
+
+def not_negative(config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        require(value is None or value >= 0, key, value, "0 or more")
+
+
+def within_one(config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        require(0.0 <= value <= 1.0, key, value, "a number from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set of a mixture."""
+
+    path: str
+    """JSONL (also .gz), parquet, a local folder, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set or of a folder."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    weight: float = 1.0
+    """Share of this data set's rows that an epoch takes: 0.5 every other row, 2.0 every row twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every stage has."""
+
+    model_name_or_path: str
+    """A Hugging Face folder or hub id (safetensors); the model that this stage starts from."""
+    output_dir: str
+    """The run folder: resolved config, metrics, samples, checkpoints, the final model."""
+    data_dir: str | None = None
+    """Data sets given by relative path are looked up here."""
+    dataset_name: str | None = None
+    """Training data: JSONL (also .gz), parquet, a local folder, or a hub id."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_mixture: list[Source] = field(default_factory=list)
+    """Several data sets with weights, instead of `dataset_name`."""
+    eval_dataset_name: str | None = None
+    """Validation data; without it `eval_fraction` of the training rows is held back."""
+    dataset_test_split: str = "test"
+    """Split of `eval_dataset_name` when it is a hub id."""
+    eval_fraction: float = 0.0
+    """Share of the training rows held back for validation, by a hash of the prompt."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A broken row ends the run with file, line and reason, or is skipped and counted."""
+    max_length: int = 1024
+    """Longest prompt plus answer in tokens."""
+    parse_special_tokens: bool = False
+    """Let special tokens written in the data's text act as control tokens (off: they are plain text)."""
+    dtype: Dtype = "auto"
+    """Compute copy of the weights; masters are float32. auto: bfloat16 where our kernels do the products."""
+    threads: int | None = None
+    """CPU threads (default: the cores that this process may use)."""
+    cpu_class: Literal["amx", "avx512", "avx2", "plain"] | None = None
+    """A class of CPU kernels below the machine's own (default: the machine's)."""
+    micro_batch_tokens: int = 4096
+    """Tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
+    seed: int = 0
+    """Keys every random number, by purpose and address."""
+    adam_beta1: float = 0.9
+    """Adam's first moment decay [paper C]."""
+    adam_beta2: float = 0.95
+    """Adam's second moment decay [paper C]."""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon, outside the root as in torch."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; norms, biases and embeddings are left out."""
+    max_grad_norm: float = 1.0
+    """Clip of the global gradient norm; 0 turns it off."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps (SFT, RM) or iterations (PPO)."""
+    save_steps: int | None = None
+    """Checkpoint every so many steps (default: at the end of each epoch; PPO: every 20 iterations)."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    eval_steps: int | None = None
+    """Validate every so many steps (default: at the end of each epoch; PPO: at the start and the end)."""
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    resume_from_checkpoint: str | None = None
+    """`true`: go on from the newest valid checkpoint of output_dir, if there is one; or a checkpoint's path."""
+    progress: bool = True
+    """Show progress on the terminal."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.model_name_or_path), "model_name_or_path", self.model_name_or_path, "a folder or hub id")
+        require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
+        positive(self, "max_length", "threads", "micro_batch_tokens", "max_steps", "save_steps", "eval_steps")
+        positive(self, "save_total_limit", "logging_steps", "adam_epsilon")
+        not_negative(self, "weight_decay", "max_grad_norm", "seed")
+        within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
+        require(
+            not (self.dataset_name and self.dataset_mixture),
+            "dataset_mixture",
+            [source.path for source in self.dataset_mixture],
+            "nothing beside dataset_name; put every data set into the mixture",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochConfig(RunConfig):
+    """What SFT and RM share: epochs over a data set with a cosine schedule."""
+
+    num_train_epochs: int = 1
+    """Passes over the data."""
+    per_device_train_batch_size: int = 32
+    """Rows (SFT) or prompts with all their answers (RM) an optimizer step."""
+    gradient_accumulation_steps: int = 1
+    """Multiplies the batch; memory is bounded by micro_batch_tokens in any case."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    lr_floor: float = 0.1
+    """The cosine ends at this share of the peak [paper C.1, C.2]."""
+    warmup_steps: int = 0
+    """Linear warm-up; the paper has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+        not_negative(self, "learning_rate", "warmup_steps")
+        within_one(self, "lr_floor")
+
+    @property
+    def batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(EpochConfig):
+    """Supervised fine-tuning on demonstrations [paper C.1], and the RL-init variant [paper C.3]."""
+
+    num_train_epochs: int = 3
+    """Passes over the data; the paper has 16 (RL-init: 2)."""
+    completion_only_loss: bool = True
+    """Loss on the answer and its end-of-sequence token only; false: on the whole sequence."""
+    truncate: bool = False
+    """Cut rows longer than max_length (counted and reported) instead of refusing them."""
+    residual_dropout: float = 0.0
+    """Dropout on each attention and MLP output before the residual is added; the paper has 0.2."""
+    ptx_dataset_name: str | None = None
+    """Pretraining text mixed into every batch (RL-init)."""
+    ptx_fraction: float = 0.0
+    """Share of each batch's rows that is pretraining text; the paper's RL-init has 0.1."""
+    ptx_length: int = 512
+    """Tokens of one pretraining row."""
+    eval_ptx_dataset_name: str | None = None
+    """Held-out pretraining text; its loss is logged beside the demonstrations'."""
+    select_by_reward_model: str | None = None
+    """A reward-model folder: samples of every kept checkpoint are scored and the best one is marked [paper 3.5]."""
+    select_num_prompts: int = 64
+    """Validation prompts sampled for that."""
+    select_response_length: int = 128
+    """Longest sampled answer for that."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "ptx_length", "select_num_prompts", "select_response_length")
+        within_one(self, "residual_dropout", "ptx_fraction")
+        require(self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "a number below 1")
+        require(
+            (self.ptx_fraction > 0) == (self.ptx_dataset_name is not None) and self.ptx_fraction < 1,
+            "ptx_fraction",
+            self.ptx_fraction,
+            "a number above 0 and below 1 together with ptx_dataset_name, 0 without",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMConfig(EpochConfig):
+    """Reward model on rankings of K answers [paper 3.5, C.2]."""
+
+    per_device_train_batch_size: int = 64
+    """Prompts an optimizer step; each brings all its K answers."""
+    learning_rate: float = 5e-5
+    """Peak learning rate; the paper's 6B model has 9e-6."""
+    loss_reduction: Literal["prompt_mean_valid", "prompt_mean_allpairs", "pair_mean"] = "prompt_mean_valid"
+    """Pairs' loss averaged within a prompt (over the pairs that are not ties, or over all C(K,2)), or over pairs."""
+    demonstrations_name: str | None = None
+    """SFT rows whose mean score becomes 0 after training [paper 3.5]; without it the best-ranked answers serve."""
+    demonstrations_limit: int = 512
+    """Rows of demonstrations that are scored for that."""
+    calibration_bins: int = 10
+    """Bins of the calibration table: predicted against observed share of wins."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "demonstrations_limit", "calibration_bins")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSource:
+    """One term of the reward: a reward-model folder or a Python function `module:function`."""
+
+    source: str
+    """A folder with a reward model, or `module:function` with TRL's signature
+    `f(prompts, completions, **columns) -> list[float | None]`."""
+    weight: float = 1.0
+    """Its factor in the sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RunConfig):
+    """PPO and PPO-ptx [paper 3.5, C.4]. Names are those of TRL's PPO where it has one."""
+
+    max_length: int = 512
+    """Longest prompt in tokens; longer ones are left out and counted. The paper has 1024."""
+    reward_model_path: str | None = None
+    """The reward model; the value model starts as its copy."""
+    rewards: list[RewardSource] = field(default_factory=list)
+    """Rewards instead of, or beside (weight 1), reward_model_path."""
+    value_model_path: str | None = None
+    """What the value model starts from (default: reward_model_path, else the policy with a new head)."""
+    total_episodes: int = 10_000
+    """Episodes in all; the paper has 256k."""
+    batch_size: int = 128
+    """Episodes an iteration; the paper has 512."""
+    num_samples: int = 1
+    """Answers to each drawn prompt; batch_size is a multiple of it."""
+    num_mini_batches: int = 8
+    """Optimizer steps an inner epoch; the paper has 8 of 64 episodes."""
+    num_ppo_epochs: int = 1
+    """Inner epochs; the paper has 1."""
+    response_length: int = 128
+    """Longest answer in tokens; the paper has 1024."""
+    temperature: float = 1.0
+    """Of sampling and of scoring alike; the paper has 1."""
+    learning_rate: float = 1e-5
+    """Policy; constant after the warm-up. The paper scanned 2.55e-6 to 2.55e-5."""
+    value_learning_rate: float = 3e-5
+    """Value model; the paper has 9e-6."""
+    warmup_iterations: int = 10
+    """The policy's learning rate rises linearly from a tenth over so many iterations [paper C.4]."""
+    adam_epsilon: float = 1e-5
+    """Adam's epsilon, outside the root as in torch."""
+    kl_coef: float = 0.02
+    """beta of the KL penalty against the reference [paper C.4]."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator; only k1 sums to the sequence's log-ratio of the paper's Eq. 2."""
+    kl_target: float | None = None
+    """With it the controller adapts kl_coef towards this KL a sequence (Ziegler et al. 2019)."""
+    kl_horizon: int = 10_000
+    """Episodes of that controller's time constant."""
+    score_at: Literal["eos", "eos_plus_one"] = "eos"
+    """Where the score is paid: at the last token, or one slot later as TRL does."""
+    missing_eos_penalty: float = 1.0
+    """What an answer cut at response_length loses (subtract) or gets (replace: minus this value)."""
+    missing_eos_mode: Literal["subtract", "replace"] = "subtract"
+    """Subtract the penalty from the score, or replace the score by it."""
+    bootstrap_truncated: bool = False
+    """Answers cut at response_length go on with the value of their last state instead of ending there."""
+    gamma: float = 1.0
+    """Discount; the paper has none."""
+    lam: float = 0.95
+    """GAE's lambda; not in the paper, 0.95 in its predecessors."""
+    cliprange: float = 0.2
+    """Of the policy's ratio [paper C.4]."""
+    cliprange_value: float | None = 0.2
+    """Of the value's change; null turns it off."""
+    whiten_advantages: bool = True
+    """Mean 0, variance 1 over the batch's tokens."""
+    whiten_rewards: bool = False
+    """Variance 1 over the batch's tokens, mean kept."""
+    ema_decay: float = 0.992
+    """Of the policy's average, saved as `ema/`; 0 turns it off [paper C.4]."""
+    ptx_dataset_name: str | None = None
+    """Pretraining text for PPO-ptx; none is plain PPO."""
+    ptx_coef: float = 27.8
+    """gamma of the paper's Eq. 2."""
+    ptx_per_episode: float = 8.0
+    """Pretraining rows an episode [paper C.4]."""
+    ptx_length: int = 512
+    """Tokens of one pretraining row."""
+    eval_ptx_dataset_name: str | None = None
+    """Held-out text whose perplexity is logged at every validation."""
+    eval_num_prompts: int = 64
+    """Validation prompts sampled at every validation."""
+    max_active: int = 64
+    """Sequences that are decoded together."""
+    kv_cache_gb: float = 2.0
+    """Memory for keys and values; what does not fit waits."""
+    max_ratio_deviation: float | None = None
+    """Stop when a first minibatch's ratio is further from 1 than this: sampler and trainer disagree."""
+    save_samples: int = 8
+    """Episodes written to samples/ at every iteration."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "total_episodes", "batch_size", "num_samples", "num_mini_batches", "num_ppo_epochs")
+        positive(self, "response_length", "temperature", "kl_target", "kl_horizon", "cliprange", "cliprange_value")
+        positive(self, "ptx_length", "eval_num_prompts", "max_active", "kv_cache_gb", "max_ratio_deviation")
+        not_negative(self, "learning_rate", "value_learning_rate", "warmup_iterations", "kl_coef", "ptx_coef")
+        not_negative(self, "ptx_per_episode", "missing_eos_penalty", "save_samples")
+        within_one(self, "gamma", "lam", "ema_decay")
+        require(self.ema_decay < 1, "ema_decay", self.ema_decay, "a number below 1; 0 turns it off")
+        require(
+            self.batch_size % self.num_samples == 0,
+            "batch_size",
+            self.batch_size,
+            f"a multiple of num_samples = {self.num_samples}",
+        )
+        require(
+            self.num_mini_batches <= self.batch_size,
+            "num_mini_batches",
+            self.num_mini_batches,
+            f"at most batch_size = {self.batch_size}",
+        )
+        require(
+            bool(self.reward_model_path or self.rewards),
+            "reward_model_path",
+            self.reward_model_path,
+            "a reward-model folder, or `rewards` with at least one source",
+        )
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations that total_episodes makes, at least one."""
+        count = max(1, self.total_episodes // self.batch_size)
+        return min(count, self.max_steps) if self.max_steps else count
+
+
+STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
+
+
+def to_dict(config: RunConfig) -> dict[str, object]:
+    """Plain values for YAML and JSON."""
+    return dataclasses.asdict(config)

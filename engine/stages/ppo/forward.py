@@ -1,0 +1,70 @@
+"""One pass of a model over prompts and their answers: log-probs, values, scores at the answer's positions.
+
+Called without gradient by score.py and with it by update.py, so that old and new log-probs come from the same lines.
+A prompt is one segment and its answers attend to it: it is computed once, however many answers it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.data.pack import Packed, Shift, cut_by_tokens, last_rows, pack_groups, predictions
+from engine.model import heads, transformer
+from engine.stages.ppo.batch import Rollouts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A micro-batch: some of the prompts with all their answers."""
+
+    batch: Packed
+    segments: list[int]  # of the answers, in episode order
+    shift: Shift  # answer tokens and the rows that predict them
+    episodes: list[int]  # which episodes of the rollouts these are, in the same order
+
+
+def pack_answers(rollouts: Rollouts, prompts: Sequence[int]) -> Answers:
+    """The chosen prompts, by index, with their answers."""
+    n, groups = rollouts.num_samples, rollouts.groups
+    batch = pack_groups([groups[i] for i in prompts])
+    segments = [at * (n + 1) + 1 + k for at in range(len(prompts)) for k in range(n)]
+    episodes = [i * n + k for i in prompts for k in range(n)]
+    return Answers(batch, segments, predictions(batch, segments), episodes)
+
+
+def micro_batches(rollouts: Rollouts, prompts: Sequence[int], budget: int) -> list[Answers]:
+    """Cut by a budget of tokens; what is computed for an episode does not depend on the cut."""
+    groups = rollouts.groups
+    lengths = [len(groups[i][0]) + sum(len(a) for a in groups[i][1]) for i in prompts]
+    return [
+        pack_answers(rollouts, [prompts[i] for i in cut]) for cut in cut_by_tokens(lengths, budget)
+    ]
+
+
+def answer_logprobs(
+    model: transformer.Model, answers: Answers, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each answer token and entropy of the distribution it came from: (M,), (M,) float32.
+
+    The same temperature as in sampling: sampled law = scored law.
+    """
+    hidden = transformer.forward(model, answers.batch)  # (N, H)
+    return transformer.logprobs(
+        model, hidden[answers.shift.rows], answers.shift.targets, temperature
+    )
+
+
+def answer_values(model: heads.ScalarModel, answers: Answers) -> tuple[Tensor, Tensor]:
+    """Value of the state before each answer token (M,), and after the last one (episodes,)."""
+    hidden = transformer.forward(model.trunk, answers.batch)
+    before = heads.scores(model, hidden[answers.shift.rows])
+    return before, heads.scores(model, hidden[last_rows(answers.batch, answers.segments)])
+
+
+def answer_scores(model: heads.ScalarModel, answers: Answers) -> Tensor:  # (episodes,)
+    """The reward model's score, read at each answer's last real token."""
+    hidden = transformer.forward(model.trunk, answers.batch)
+    return heads.scores(model, hidden[last_rows(answers.batch, answers.segments)])
