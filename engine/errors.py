@@ -1,7 +1,7 @@
 """The errors this engine raises on purpose.
 
-Every message says what was given, what is wanted and what to do. All of them are ``ValueError`` too, so a caller
-that knows nothing of this module can still catch what it did wrong.
+Every message says what was given, what is wanted and what to do. All of them are ``ValueError``
+too, so a caller that knows nothing of this module can still catch what it did wrong.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class CheckpointError(EngineError):
 
 
 class OpError(EngineError):
-    """An op was called with shapes, types or values that it does not take, or on a backend that cannot run it."""
+    """An op got shapes, types or values that it does not take, or a backend that cannot run it."""
 
 
 class DataError(EngineError):
     """A row or a file of data cannot be used.
 
-    ``where`` names the file and line (or the row of a table), ``reason`` what is wrong with it, ``kind`` a short
-    stable name of the reason, under which rows left out are counted.
+    ``where`` names the file and line (or the row of a table), ``reason`` what is wrong with it,
+    ``kind`` a short stable name of the reason, under which rows left out are counted.
     """
 
     def __init__(self, where: str, reason: str, kind: str = "bad row") -> None:
