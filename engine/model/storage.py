@@ -1,0 +1,234 @@
+"""Where the numbers of a model live: float32 masters, and the compute copy that every forward
+reads.
+
+    copy = round(master)        once an optimizer step, in ``refresh``
+
+Generation, scoring and the training forward read the copy only; gradients go straight through the
+rounding to the master's ``.grad``, in float32. A frozen model has no masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from engine.errors import ModelError
+from engine.kernels.linear import PackedWeight, linear, pack_weight
+
+from .names import Spec
+
+
+class StaleWeightsError(ModelError):
+    """The masters have changed and the compute copy was not made anew."""
+
+
+class Weights:
+    """The parameters of one model by internal name.
+
+    Args:
+        specs: shape and kind of every parameter, in order.
+        read: gives a parameter by name, in any floating dtype; it is copied, so a view of a mapped
+            file will do. Asked
+            once a name, so no more than one tensor is held twice at any time.
+        dtype: storage dtype of the compute copy, bfloat16 or float32.
+        trainable: keep float32 masters too.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, Spec],
+        read: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        trainable: bool,
+    ) -> None:
+        self.specs = dict(specs)
+        self.dtype = dtype
+        self.version = 0
+        self.masters: dict[str, Parameter] = {}
+        self._packed: dict[str, PackedWeight] = {}
+        self._plain: dict[str, Tensor] = {}
+        self._seen: dict[str, int] = {}
+        for name in self.specs:
+            if trainable:
+                tensor = read(name).to(torch.float32, copy=True).contiguous()
+                self.masters[name] = Parameter(tensor)
+                self._copy(name, tensor)
+            else:
+                kept = self._storage_dtype(name)
+                self._copy(name, read(name).to(kept, copy=True).contiguous())
+        self._mark()
+
+    @property
+    def trainable(self) -> bool:
+        return bool(self.masters)
+
+    def refresh(self) -> None:
+        """Makes the compute copy anew from the masters and counts the version up: once after each
+        optimizer step.
+
+        Raises:
+            ModelError: a frozen model, which has no masters to make it from.
+        """
+        self._need_masters("refresh")
+        for name, master in self.masters.items():
+            self._copy(name, master.detach())
+        self._mark()
+        self.version += 1
+
+    def check(self) -> None:
+        """Raises StaleWeightsError where a master was written to since the compute copy was
+        made."""
+        for name, master in self.masters.items():
+            if master._version != self._seen[name]:
+                raise StaleWeightsError(
+                    f"{name}: the master was written to after version {self.version} of the compute"
+                    " copy was made; call model.refresh() after the optimizer step, before the next"
+                    " forward"
+                )
+
+    def master(self, name: str) -> Parameter | None:
+        """The float32 master, or None in a frozen model."""
+        return self.masters.get(name)
+
+    def packed(self, name: str) -> PackedWeight:
+        """The compute copy of a matrix, packed for products on this machine."""
+        return self._packed[name]
+
+    def vector(self, name: str) -> Tensor:
+        """The compute copy of a vector: float32 that hold values of the storage dtype;
+        differentiable."""
+        return self._through(name)
+
+    def optional_vector(self, name: str) -> Tensor | None:
+        """A vector that not every family has, such as a bias."""
+        return self._through(name) if name in self.specs else None
+
+    def lookup(self, name: str, ids: Tensor) -> Tensor:  # (N,) int64 -> (N, H) float32
+        """Rows of a table; the gradient is added up by row into the master."""
+        dense = self._packed[name].dense if name in self._packed else self._plain[name]
+        rows: Tensor = _Lookup.apply(ids, dense, self.master(name))  # type: ignore[no-untyped-call]
+        return rows
+
+    def project(
+        self, x: Tensor, module: str, names: Sequence[str], out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:  # (N, K) -> one (N, rows) a name
+        """x W^T + b for each of the projections ``names`` of ``module``, which all read the same x.
+
+        They are asked for together so that they can be one product; their parameters keep their own
+        names.
+        """
+        results = []
+        for name in names:
+            weight, bias = f"{module}.{name}.weight", self.optional_vector(f"{module}.{name}.bias")
+            kind = x.dtype if out_dtype is None else out_dtype
+            results.append(linear(x, self.packed(weight), bias, self.master(weight), kind))
+        return tuple(results)
+
+    def stored(self, name: str) -> Tensor:
+        """The compute copy in its storage dtype, as it is written to files."""
+        kept = self._plain[name] if name in self._plain else self._packed[name].dense
+        return kept.to(self._storage_dtype(name))
+
+    def state(self) -> dict[str, Tensor]:
+        """The float32 masters by name (not copied), for a checkpoint. A frozen model has none:
+        ModelError."""
+        self._need_masters("state")
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Writes a ``state()`` into the masters and makes the compute copy anew.
+
+        Raises:
+            ModelError: naming every parameter missing, left over or of another shape; nothing is
+                written then.
+        """
+        self._need_masters("load_state")
+        problems = [f"missing: {name}" for name in self.masters if name not in state]
+        problems += [f"left over: {name}" for name in state if name not in self.masters]
+        for name, master in self.masters.items():
+            if name in state and state[name].shape != master.shape:
+                given = tuple(state[name].shape)
+                problems.append(f"wrong shape: {name}: got {given}, want {tuple(master.shape)}")
+        if problems:
+            raise ModelError("the state does not fit the model:\n  " + "\n  ".join(problems))
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(state[name])
+        self.refresh()
+
+    def clone(self, trainable: bool) -> Weights:
+        """A copy that shares no memory with this one; trained from the masters where there are
+        some."""
+        self.check()
+        read: Callable[[str], Tensor] = self.stored
+        if trainable and self.masters:
+            read = lambda name: self.masters[name].detach()  # noqa: E731
+        return Weights(self.specs, read, self.dtype, trainable)
+
+    def _storage_dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if self.specs[name].kind == "score" else self.dtype
+
+    def _copy(self, name: str, source: Tensor) -> None:
+        kind, kept = self.specs[name].kind, self._storage_dtype(name)
+        if kind in ("matrix", "score"):
+            self._packed[name] = pack_weight(source, kept)
+        elif kind == "table":
+            self._plain[name] = source.to(kept)
+        else:
+            self._plain[name] = source.to(kept).to(torch.float32, copy=True)
+
+    def _mark(self) -> None:
+        self._seen = {name: master._version for name, master in self.masters.items()}
+
+    def _through(self, name: str) -> Tensor:
+        master = self.master(name)
+        if master is None or not torch.is_grad_enabled():
+            return self._plain[name]
+        value: Tensor = _StraightThrough.apply(master, self._plain[name])  # type: ignore[no-untyped-call]
+        return value
+
+    def _need_masters(self, call: str) -> None:
+        if not self.masters:
+            raise ModelError(
+                f"{call}: the model is frozen and has no masters; load it with trainable=True"
+            )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Value of the rounded copy, gradient to the master as if it had not been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Lookup(torch.autograd.Function):
+    """out_i = dense[ids_i]; d master[v] = sum of d out_i over ids_i = v, in the order of i."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, dense: Tensor, master: Tensor | None) -> Tensor:
+        ctx.rows = dense.shape[0]
+        ctx.save_for_backward(ids)
+        return dense[ids].float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor | None]:
+        if not ctx.needs_input_grad[2]:
+            return None, None, None
+        (ids,) = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        # one pass a thread over its own range of rows: the order of additions does not depend on
+        # their number
+        return (
+            None,
+            None,
+            torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, -1, False),
+        )

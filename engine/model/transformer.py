@@ -1,0 +1,287 @@
+"""The one definition of the network, for every family, for generation, scoring and training alike.
+
+    x     = embed[token] (+ embed_positions[position])
+    a     = x + o(attention(rope(q), rope(k), v))     with q, k, v = projections of norm(x)
+    x'    = a + mlp(norm(a))                          or, parallel: a + mlp(norm(x))
+    hidden = norm(x)
+
+The residual stream x is float32; what goes into a product is ``model.act_dtype``. Attention comes
+in as a function, so that decoding over a cache and training over packed segments run through the
+same lines.
+
+Letters: N rows (tokens), H hidden, Hq/Hk query/key heads, D head size, F intermediate, M scored
+rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from engine.data.pack import Packed
+from engine.errors import ModelError
+from engine.kernels._backend import cpu_class, kernels_usable
+from engine.kernels.attention import attention
+from engine.kernels.gelu import gelu
+from engine.kernels.layernorm import layernorm
+from engine.kernels.linear import PackedWeight, linear
+from engine.kernels.linear_logprob import linear_logprob
+from engine.kernels.rmsnorm import rmsnorm
+from engine.kernels.rope import rope
+from engine.kernels.swiglu import swiglu
+
+from .architectures import Architecture
+from .rotary import rope_table
+from .storage import Weights
+
+# (layer, q (N, Hq, D), k (N, Hk, D), v (N, Hk, D)) -> (N, Hq, D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+SMALLEST_TABLE = 256
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model: its architecture, its weights, and the ``config.json`` that it came
+    with."""
+
+    architecture: Architecture
+    weights: Weights
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage dtype of the compute copy, and of saved files."""
+        return self.weights.dtype
+
+    @property
+    def act_dtype(self) -> torch.dtype:
+        """Dtype of activations between ops: bfloat16 only where the products want bfloat16
+        operands."""
+        if not kernels_usable():
+            return self.dtype
+        return self.dtype if cpu_class() == "amx" else torch.float32
+
+    @property
+    def version(self) -> int:
+        """How often the compute copy was made anew: two equal versions are the same weights."""
+        return self.weights.version
+
+    @property
+    def trainable(self) -> bool:
+        return self.weights.trainable
+
+    @property
+    def head_name(self) -> str:
+        """The parameter that maps hidden states to the vocabulary."""
+        return "embed_tokens.weight" if self.architecture.tied_head else "lm_head.weight"
+
+    @property
+    def head(self) -> PackedWeight:  # (V, H)
+        return self.weights.packed(self.head_name)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, of generation_config.json, or else of config.json."""
+        for source in (self.generation_config or {}, self.config):
+            given = source.get("eos_token_id")
+            if given is not None:
+                return frozenset([given] if isinstance(given, int) else given)
+        return frozenset()
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The float32 masters by name, in the order of the computation; empty in a frozen model."""
+        return self.weights.masters
+
+    def refresh(self) -> None:
+        """Makes the compute copy anew from the masters: once after each optimizer step."""
+        self.weights.refresh()
+
+    def state(self) -> dict[str, Tensor]:
+        """The float32 masters by name, for a checkpoint."""
+        return self.weights.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a ``state()`` back and refreshes."""
+        self.weights.load_state(state)
+
+
+AnyModel = TypeVar("AnyModel", bound=Model)
+
+
+def clone(model: AnyModel, trainable: bool) -> AnyModel:
+    """A copy that shares no memory: the frozen reference of a policy, a value model from a reward
+    model."""
+    return replace(model, weights=model.weights.clone(trainable))
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Residual dropout, on the output of each sub-layer: kept entries are divided by 1 - p.
+
+    The mask is a function of (seed, step, layer, sub-layer, row of the batch, channel) alone: not
+    of how many rows follow, and not of what else drew random numbers.
+    """
+
+    p: float
+    seed: int
+    step: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.p < 1.0:
+            raise ModelError(f"dropout: got p = {self.p}, want 0 <= p < 1")
+
+    def __call__(self, x: Tensor, layer: int, sublayer: int) -> Tensor:  # (N, H) -> (N, H)
+        if self.p == 0.0:
+            return x
+        address = struct.pack("<4q", self.seed, self.step, layer, sublayer)
+        key = int.from_bytes(hashlib.blake2b(address, digest_size=4).digest(), "little")
+        # the CPU generator fills a tensor in order, so a row's numbers do not depend on the rows
+        # after it
+        uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(key))
+        return x * ((uniform >= self.p) / (1.0 - self.p))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What every layer of one forward shares."""
+
+    model: Model
+    positions: Tensor  # (N,)
+    attend: Attend
+    dropout: Dropout | None
+    rope_table: Tensor | None  # (P, R)
+
+    def norm(self, module: str, x: Tensor) -> Tensor:  # (N, any) -> same, act_dtype
+        a, weights = self.model.architecture, self.model.weights
+        weight, out_dtype = weights.vector(f"{module}.weight"), self.model.act_dtype
+        if a.norm == "rmsnorm":
+            return rmsnorm(x, weight, a.norm_eps, out_dtype)
+        return layernorm(x, weight, weights.vector(f"{module}.bias"), a.norm_eps, out_dtype)
+
+    def drop(self, x: Tensor, layer: int, sublayer: int) -> Tensor:
+        return x if self.dropout is None else self.dropout(x, layer, sublayer)
+
+
+def hidden_states(
+    model: Model,
+    tokens: Tensor,  # (N,) int64
+    positions: Tensor,  # (N,) int64
+    attend: Attend,
+    dropout: Dropout | None = None,
+) -> Tensor:  # (N, H), act_dtype
+    """Hidden states after the final norm, one a token; see the module's docstring for the
+    equations.
+
+    ``attend(layer, q, k, v)`` is attention of the given rows, with q and k already rotated.
+
+    Raises:
+        ModelError: a token outside the vocabulary, a position outside the model's range, or masters
+            that were
+            changed without ``model.refresh()``.
+    """
+    a, weights = model.architecture, model.weights
+    weights.check()
+    _check_range("token", tokens, a.vocab_size, "the vocabulary")
+    longest = _check_range("position", positions, a.max_positions, "max_position_embeddings")
+    x = weights.lookup("embed_tokens.weight", tokens)  # (N, H) float32
+    table = None
+    if a.rope is None:
+        x = x + weights.lookup("embed_positions.weight", positions)
+    else:
+        table = rope_table(a.rope, max(SMALLEST_TABLE, 1 << longest.bit_length()))
+    step = _Pass(model, positions, attend, dropout, table)
+    for layer in range(a.num_layers):
+        x = _block(step, layer, x)
+    return step.norm("norm", x)
+
+
+def forward(
+    model: Model, batch: Packed, dropout: Dropout | None = None
+) -> Tensor:  # (N, H), act_dtype
+    """Hidden states of a packed batch: every segment sees itself and, where it has one, its
+    prefix."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, batch.cu_seqlens, batch.prefix)
+
+    return hidden_states(model, batch.tokens, batch.positions, attend, dropout)
+
+
+def logprobs(
+    model: Model, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:  # (M, H), (M,) -> (M,), (M,) float32
+    """log softmax(hidden W^T / temperature)[target] and the entropy of that distribution, a row;
+    differentiable."""
+    master = model.weights.master(model.head_name)
+    logprob, entropy = linear_logprob(hidden, model.head, targets, temperature, master=master)
+    return logprob, entropy
+
+
+def logits(model: Model, hidden: Tensor) -> Tensor:  # (M, H) -> (M, V) float32
+    """hidden W^T, for the few rows of a decode step and for tests; never for a batch of
+    training."""
+    master = model.weights.master(model.head_name)
+    return linear(hidden, model.head, None, master, torch.float32)
+
+
+def _block(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) float32 -> same
+    name = f"layers.{layer}"
+    mixed = _attention(step, layer, step.norm(f"{name}.input_layernorm", x))
+    after = x + step.drop(mixed, layer, 0)
+    read = x if step.model.architecture.parallel_residual else after
+    inner = _mlp(step, f"{name}.mlp", step.norm(f"{name}.post_attention_layernorm", read))
+    return after + step.drop(inner, layer, 1)
+
+
+def _attention(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
+    a, weights, module = step.model.architecture, step.model.weights, f"layers.{layer}.self_attn"
+    flat = weights.project(x, module, ("q_proj", "k_proj", "v_proj"))
+    counts = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
+    q, k, v = (part.view(-1, heads, a.head_dim) for part, heads in zip(flat, counts, strict=True))
+    if a.qk_norm:
+        q, k = _head_norm(step, f"{module}.q_norm", q), _head_norm(step, f"{module}.k_norm", k)
+    if step.rope_table is not None:
+        q, k = (rope(part, step.positions, step.rope_table) for part in (q, k))
+    out = step.attend(layer, q, k, v)  # (N, Hq, D)
+    (result,) = weights.project(out.flatten(1), module, ("o_proj",), torch.float32)
+    return result
+
+
+def _head_norm(step: _Pass, module: str, heads: Tensor) -> Tensor:  # (N, heads, D) -> same
+    return step.norm(module, heads.flatten(0, 1)).view(heads.shape)
+
+
+def _mlp(step: _Pass, module: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
+    a, weights = step.model.architecture, step.model.weights
+    if a.gated:
+        gate, up = weights.project(x, module, ("gate_proj", "up_proj"))
+        inner = swiglu(gate, up)
+    else:
+        (up,) = weights.project(x, module, ("up_proj",))
+        inner = gelu(up, "tanh" if a.activation == "gelu_tanh" else "none")  # (N, F)
+    (result,) = weights.project(inner, module, ("down_proj",), torch.float32)
+    return result
+
+
+def _check_range(what: str, ids: Tensor, size: int, limit: str) -> int:
+    """The largest id (0 of none). An id outside 0 .. size-1 is an error that names it and its
+    row."""
+    if ids.numel() == 0:
+        return 0
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        bad = high if high >= size else low
+        row = int((ids == bad).nonzero()[0])
+        raise ModelError(
+            f"{what} {bad} in row {row}: {limit} goes from 0 to {size - 1};"
+            " check the tokenizer, or shorten the sequence"
+        )
+    return high
