@@ -29,9 +29,7 @@ from engine.errors import CheckpointError, ConfigError
 NORM_BLOCK = 4096
 # Tables of vectors, one row a token or a position. They have two dimensions like a matrix, but a
 # row is touched only when its token occurs: decay would pull the rare ones to zero.
-EMBEDDING_NAMES = frozenset(
-    {"embed_tokens", "embed_in", "embed_positions", "wte", "wpe", "embedding", "embeddings"}
-)
+EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions"})  # of engine.model.names
 
 
 @dataclass(frozen=True)

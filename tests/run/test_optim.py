@@ -15,7 +15,7 @@ SHAPES = {
     "layers.0.mlp.weight": (37, 21),
     "layers.0.mlp.bias": (37,),
     "norm.weight": (5,),
-    "wte.weight": (40_003, 3),
+    "embed_tokens.weight": (40_003, 3),
 }
 
 
@@ -93,7 +93,7 @@ def test_decay_touches_matrices_only() -> None:
     assert decays("layers.3.attention.query.weight", matrix)
     assert decays("score.weight", torch.zeros(1, 4))
     assert not decays("layers.3.attention.query.bias", vector)
-    for table in ("model.embed_tokens.weight", "wte.weight", "transformer.wpe.weight"):
+    for table in ("embed_tokens.weight", "embed_positions.weight"):
         assert not decays(table, matrix)
 
 
@@ -127,7 +127,7 @@ def test_a_bad_gradient_moves_nothing_and_is_counted(bad: float) -> None:
     weights = {n: p.detach().clone() for n, p in parameters.items()}
     state = {n: t.clone() for n, t in optimizer.state().items()}
     _set_gradients(parameters, 1)
-    table = parameters["wte.weight"].grad
+    table = parameters["embed_tokens.weight"].grad
     assert table is not None
     table[-1, -1] = bad
     result = optimizer.step(0.1, 1.0)

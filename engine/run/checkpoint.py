@@ -1,0 +1,268 @@
+"""Checkpoints: a folder that is either whole or not there.
+
+    checkpoint-N/
+        <group>.safetensors   one file a group: policy, value, ema, optimizer_policy, ...
+        state.json            counters, cursors, controllers: plain JSON
+        manifest.json         name, size and sha256 of each of the files above
+
+`save` writes into a hidden folder aside, syncs every file, the manifest last, and renames once. at any moment leaves the older folders, with or without the new one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TENSORS = ".safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_GROUP = re.compile(r"[A-Za-z0-9_]+")
+_ASIDE = ".tmp-"  # being written; of no use after a kill
+_REPLACED = ".replaced-"  # a whole checkpoint, moved out of the way of its successor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, read back and verified: `tensors` is group -> name -> tensor (CPU)."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    root: Path | str,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/checkpoint-<step>`, then delete the oldest so that `keep` good ones stay.
+
+    `tensors` is group -> name -> tensor; `state` must be plain JSON of finite numbers. A checkpoint
+    of the same step is replaced. Never deleted: the one just written, and those of later steps
+    (of an earlier attempt). Raises `CheckpointError` for what cannot be written as asked, `OSError`
+    when the disk refuses; then nothing new is left behind and the older ones are untouched.
+    """
+    root = Path(root)
+    if step < 0 or keep < 1:
+        raise CheckpointError(
+            f"checkpoint: got step {step} and keep {keep}, want step >= 0 and keep >= 1"
+        )
+    for group in tensors:
+        if not _GROUP.fullmatch(group):
+            raise CheckpointError(f"checkpoint: got group {group!r}, want letters, digits and _")
+    state_text = _state_text(state)
+    root.mkdir(parents=True, exist_ok=True)
+    _clean_up(root)
+    aside = root / f"{_ASIDE}checkpoint-{step}-{os.getpid()}"
+    aside.mkdir()
+    try:
+        for group, named in tensors.items():
+            plain = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            save_file(plain, str(aside / f"{group}{TENSORS}"), metadata={"format": "pt"})
+        (aside / STATE).write_text(state_text, encoding="utf-8")
+        names = sorted(path.name for path in aside.iterdir())
+        files = {name: _fingerprint(aside / name) for name in names}
+        for name in names:
+            _sync(aside / name)
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _sync(aside / MANIFEST)
+        _sync(aside)
+        final = _publish(aside, root / f"checkpoint-{step}")
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _rotate(root, step, keep)
+    return final
+
+
+def load(path: Path | str) -> Checkpoint:
+    """Read a checkpoint back. Raises `CheckpointError` when `verify` does."""
+    path = Path(path)
+    manifest = verify(path)
+    tensors = {}
+    for name in manifest["files"]:
+        if name.endswith(TENSORS):
+            try:
+                tensors[name.removesuffix(TENSORS)] = load_file(str(path / name))
+            except SafetensorError as error:
+                raise CheckpointError(f"{path / name}: not a safetensors file ({error})") from error
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(path, manifest["step"], tensors, state)
+
+
+def verify(path: Path | str) -> dict[str, Any]:
+    """Compare every byte with the manifest, which is returned.
+
+    Raises `CheckpointError` naming the first file that is missing, of another size or altered.
+    """
+    path = Path(path)
+    manifest = _manifest(path)
+    for name, wanted in manifest["files"].items():
+        found = _fingerprint(path / name)
+        if found != wanted:
+            raise CheckpointError(
+                f"{path / name}: sha256 {found['sha256'][:12]}..., but the manifest says "
+                f"{wanted['sha256'][:12]}...; the file was altered, resume from another checkpoint"
+            )
+    return manifest
+
+
+def latest(root: Path | str) -> Path | None:
+    """The newest checkpoint under `root` that is whole; None when there is none at all.
+
+    Damaged ones are passed over with a warning that names them and says why. When there are some
+    and all are damaged, raises `CheckpointError`: to begin again in silence would hide the loss.
+    """
+    root = Path(root)
+    candidates = _candidates(root) if root.is_dir() else {}
+    damaged: list[str] = []
+    for step in sorted(candidates, reverse=True):
+        try:
+            verify(candidates[step])
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warnings.warn(
+                f"going back to {candidates[step]}; passed over: {'; '.join(damaged)}",
+                stacklevel=2,
+            )
+        return candidates[step]
+    if damaged:
+        raise CheckpointError(
+            f"{root}: every checkpoint is damaged ({'; '.join(damaged)}); "
+            "want one whole checkpoint, or a new output folder to begin again"
+        )
+    return None
+
+
+def _state_text(state: Mapping[str, Any]) -> str:
+    try:
+        text = json.dumps(state, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint: the state is not plain JSON of finite numbers ({error})"
+        ) from error
+    if json.loads(text) != state:  # tuples and number keys would come back as something else
+        raise CheckpointError(
+            "checkpoint: the state does not survive JSON; want dicts with string keys, lists, "
+            "strings, numbers, booleans and None"
+        )
+    return text + "\n"
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest, with the sizes of its files checked (cheap: reads no tensor)."""
+    where = path / MANIFEST
+    try:
+        manifest = json.loads(where.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{where}: format {manifest['format']}, want {FORMAT}; "
+                "it was written by another version of the engine"
+            )
+        sizes = {str(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
+        int(manifest["step"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{where}: missing; want a checkpoint-N folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: not a manifest ({error!r})") from error
+    if STATE not in sizes:
+        raise CheckpointError(f"{where}: not a manifest (it does not name {STATE})")
+    for name, size in sizes.items():
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{where}: names {name!r}, want names of files in the same folder"
+            )
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name}: missing, but the manifest names it")
+        found = (path / name).stat().st_size
+        if found != size:
+            raise CheckpointError(
+                f"{path / name}: {found} bytes, but the manifest says {size}; the file was cut or "
+                "altered, resume from another checkpoint"
+            )
+    return dict(manifest)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(aside: Path, final: Path) -> Path:
+    """The rename that makes a checkpoint exist. Its predecessor of the same step outlives it."""
+    replaced = final.with_name(_REPLACED + final.name)
+    if final.exists():
+        final.rename(replaced)
+    aside.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # a remainder goes with the next save
+    return final
+
+
+def _candidates(root: Path) -> dict[int, Path]:
+    """Step -> folder. A replaced one counts where a kill came before its successor's rename."""
+    found: dict[int, Path] = {}
+    for prefix in (_REPLACED, ""):
+        for path in root.iterdir():
+            match = _NAME.fullmatch(path.name.removeprefix(prefix))
+            if match and path.name.startswith(prefix) and path.is_dir():
+                found[int(match[1])] = path
+    return found
+
+
+def _clean_up(root: Path) -> None:
+    """Finish what a killed `save` began. Only `save` does this: a reader may meet a live writer."""
+    for path in _candidates(root).values():
+        if path.name.startswith(_REPLACED):
+            path.rename(root / path.name.removeprefix(_REPLACED))
+    for path in list(root.iterdir()):
+        if path.name.startswith((f"{_ASIDE}checkpoint-", f"{_REPLACED}checkpoint-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _rotate(root: Path, step: int, keep: int) -> None:
+    """Delete all up to `step` but the newest `keep` good ones; `step` itself was just written."""
+    good: list[int] = []
+    steps = sorted((s for s in _candidates(root) if s <= step), reverse=True)
+    for candidate in steps:
+        path = root / f"checkpoint-{candidate}"
+        if len(good) == keep:
+            shutil.rmtree(path)
+            continue
+        try:
+            _manifest(path)
+        except CheckpointError:
+            continue  # left for inspection until `keep` good ones are newer; it counts for none
+        good.append(candidate)
