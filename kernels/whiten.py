@@ -1,0 +1,59 @@
+"""Whitening to mean 0 and variance 1 (Ziegler et al. 2019; InstructGPT C.4 through its code).
+
+    mean = sum(x) / N,   var = sum((x - mean)^2) / N              population variance, so that one
+    token is enough y = (x - mean) / sqrt(var + 1e-8)   [+ mean unless shift_mean]
+
+Packed tokens only, so padding never enters the statistics. Advantages are whitened with
+shift_mean=True, rewards (an option, off in the paper) with shift_mean=False. Numerics: statistics
+in float64, the result in the dtype of x.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ._backend import choose
+
+EPS = 1e-8
+
+
+def _sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    if group is not None:
+        torch.distributed.all_reduce(x, group=group)
+    return x
+
+
+def whiten_reference(
+    x: Tensor, shift_mean: bool = True, group: ProcessGroup | None = None
+) -> Tensor:
+    """The definition, in two passes: squares around the mean keep their digits."""
+    wide = x.double()
+    count = _sum_over_ranks(wide.new_tensor(x.numel()), group).clamp(min=1)
+    mean = _sum_over_ranks(wide.sum(), group) / count
+    centred = wide - mean
+    variance = _sum_over_ranks(centred.square().sum(), group) / count
+    whitened = centred / (variance + EPS).sqrt()
+    return (whitened if shift_mean else whitened + mean).to(x.dtype)
+
+
+def whiten(
+    x: Tensor,  # (N,)
+    shift_mean: bool = True,
+    *,
+    group: ProcessGroup | None = None,
+) -> Tensor:  # (N,)
+    """y = (x - mean) / sqrt(var + 1e-8), plus the mean again with shift_mean=False.
+
+    Without tokens the result is empty; of one token it is 0 (or the token). With `group` the
+    statistics are those of all its processes, each of which must call, those without tokens too; x
+    must not need a gradient then. Differentiable in x otherwise. Raises ValueError on a shape that
+    is not (N,). Source: Ziegler et al. 2019.
+    """
+    if x.dim() != 1 or not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, want floats of shape (N,)")
+    if group is not None and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x: got a tensor that needs a gradient, want x.detach():"
+            " statistics over a group have none"
+        )
+    return whiten_reference(x, shift_mean, group)
