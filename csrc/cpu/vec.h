@@ -22,6 +22,7 @@ typedef float vfloat __attribute__((vector_size(4 * ENGINE_LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * ENGINE_LANES)));
 typedef uint32_t vuint __attribute__((vector_size(4 * ENGINE_LANES)));
 typedef uint16_t vbits16 __attribute__((vector_size(2 * ENGINE_LANES)));
+// (vfloat)bits keeps the bits: a cast between vectors of one size. Through a reference it would break aliasing.
 
 constexpr float kInf = __builtin_inff();
 
@@ -64,10 +65,10 @@ ENGINE_INLINE vfloat load(const uint16_t* p) {
   vbits16 half;
   std::memcpy(&half, p, sizeof(half));
   const vuint wide = __builtin_convertvector(half, vuint) << 16;
-  return reinterpret_cast<const vfloat&>(wide);
+  return (vfloat)wide;
 }
 ENGINE_INLINE void store(uint16_t* p, vfloat v) {
-  const vuint bits = reinterpret_cast<const vuint&>(v);
+  const vuint bits = (vuint)v;
   const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vuint quiet = vuint{} + 0x7fc0;
   const vbits16 half = __builtin_convertvector(v == v ? rounded : quiet, vbits16);
@@ -119,7 +120,7 @@ ENGINE_INLINE vfloat vexp(vfloat x) {
   const vint whole = __builtin_convertvector(n, vint);
   const vint half = whole >> 1;
   const vint scale1 = (half + 127) << 23, scale2 = (whole - half + 127) << 23;
-  vfloat y = p * reinterpret_cast<const vfloat&>(scale1) * reinterpret_cast<const vfloat&>(scale2);
+  vfloat y = p * (vfloat)scale1 * (vfloat)scale2;
   y = x < low ? splat(0.0f) : y;
   y = x > high ? splat(kInf) : y;
   return x == x ? y : x;
