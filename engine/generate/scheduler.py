@@ -29,10 +29,10 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Limits:
-    """What generation may use: sequences at once, K/V cache (GB of 10^9 bytes), tokens a prefill."""
+    """What generation may use: sequences at once, K/V cache (10^9 bytes), tokens a prefill."""
 
     max_active: int = 64
-    kv_cache_gb: float = 4.0
+    kv_cache_gb: float = 2.0
     prefill_tokens: int = 4096
 
     def __post_init__(self) -> None:

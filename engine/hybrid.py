@@ -1,0 +1,214 @@
+"""HybridEngine: one set of weights that generates, scores and trains.
+
+    model = HybridEngine.from_pretrained("folder", dtype="bfloat16")
+    out = model.generate(["Write a haiku."], max_new_tokens=64, n=4, seed=0)
+    out[0].tokens, out[0].logprobs, out[0].text, out[0].finish_reason
+    model.logprobs([[1, 2, 3]])  # [tensor of log p(2 | 1), log p(3 | 1, 2)]
+
+There is no second copy of the weights: what an optimizer steps is what the next ``generate``
+samples from, once ``refresh`` has remade the compute copy from the masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from engine.data.pack import cut_by_tokens, pack_sequences, predictions
+from engine.errors import ConfigError, ModelError
+from engine.generate.generator import Generated, generate
+from engine.generate.sampling import Sampling
+from engine.generate.scheduler import Limits
+from engine.model import transformer
+from engine.model.transformer import Model
+from engine.model.weights import load_policy, save_policy
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]  # text, a chat, or token ids
+
+
+@dataclass(frozen=True)
+class Completion(Generated):
+    """A sampled sequence with its text (special tokens left out)."""
+
+    text: str
+
+
+class HybridEngine:
+    """A policy with its tokenizer: ``generate`` and ``logprobs`` here, gradients through ``model``.
+
+    ``score_tokens``: the most tokens in one forward of ``logprobs``; like ``limits`` it bounds
+    memory and changes no result.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        limits: Limits | None = None,
+        score_tokens: int = 8192,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.limits = Limits() if limits is None else limits
+        self.score_tokens = score_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: str = "auto",
+        trainable: bool = False,
+        limits: Limits | None = None,
+    ) -> HybridEngine:
+        """Load a Hugging Face folder or hub id (safetensors, never remote code).
+
+        Args:
+            folder: with the model and its tokenizer.
+            dtype: of the compute copy: "auto", "bfloat16" or "float32".
+            trainable: keep float32 masters beside it.
+            limits: sequences decoded together and memory for keys and values (None: the defaults).
+
+        Raises:
+            ModelError: no such folder, or not a model (with a tokenizer) that this engine runs.
+        """
+        model = load_policy(folder, dtype=dtype, trainable=trainable)
+        return cls(model, cls.load_tokenizer(folder), limits)
+
+    @staticmethod
+    def load_tokenizer(folder: str | Path) -> Any:
+        """The folder's (or hub id's) tokenizer, a transformers one.
+
+        Raises:
+            ModelError: there is none.
+        """
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:  # what transformers raises for a missing or odd one
+            raise ModelError(
+                f"{folder}: no tokenizer that transformers can read without remote code: {error}; "
+                "save one there with tokenizer.save_pretrained(folder)"
+            ) from error
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence: the tokenizer's and the model's generation config's."""
+        own = self.tokenizer.eos_token_id
+        return self.model.eos_token_ids | ({own} if own is not None else set())
+
+    @property
+    def version(self) -> int:
+        """The version of the weights: ``refresh`` moves it on by one."""
+        return self.model.version
+
+    def refresh(self) -> None:
+        """Remake the compute copy from the masters; call it after each optimizer step."""
+        self.model.refresh()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a plain Hugging Face folder with the tokenizer."""
+        save_policy(self.model, folder, tokenizer=self.tokenizer)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as it is, messages through the chat template."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return self._encode_chat(cast(Sequence[Message], prompt))
+        return [int(token) for token in cast(Sequence[int], prompt)]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        n: int = 1,
+        seed: int = 0,
+        episode_ids: Sequence[int] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[Completion]:
+        """Sample ``n`` completions a prompt; result i * n + k is sample k of prompt i.
+
+        A sequence ends with the model's end-of-sequence token, one of ``stop_token_ids``, or after
+        ``max_new_tokens`` (``finish_reason`` "length"). ``episode_ids``, one a result (default 0,
+        1, 2, ...), are the addresses of the random numbers: the same id, seed and prompt give the
+        same tokens in any batch. ``top_k``, ``top_p`` and ``greedy`` filter the law, and the
+        log-probs are then those of the filtered law.
+
+        Raises:
+            ConfigError: an empty prompt, or one that with its new tokens does not fit the context
+                or the cache.
+        """
+        settings = Sampling(max_new_tokens, temperature, top_k, top_p, greedy)
+        if isinstance(prompts, str):
+            raise ConfigError("prompts: got one string; give a list of prompts, [prompt] for one")
+        results = generate(
+            self.model,
+            [self.encode(prompt) for prompt in prompts],
+            settings,
+            self.eos_ids | frozenset(stop_token_ids),
+            n,
+            seed,
+            episode_ids,
+            self.limits,
+        )
+        texts = self.tokenizer.batch_decode([r.tokens for r in results], skip_special_tokens=True)
+        return [Completion(**vars(r), text=text) for r, text in zip(results, texts, strict=True)]
+
+    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "prompts: got messages, and this model's tokenizer has no chat template; "
+                "give text or token ids, or set tokenizer.chat_template"
+            )
+        ids = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+        )
+        return list(ids)
+
+    def _check(self, sequences: Sequence[Sequence[int]]) -> None:
+        context = self.model.architecture.max_positions
+        for index, sequence in enumerate(sequences):
+            if not 1 <= len(sequence) <= context:
+                raise ConfigError(
+                    f"sequence {index}: got {len(sequence)} tokens; give 1 to {context}, "
+                    "the model's context"
+                )
+
+    @torch.no_grad()
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[Tensor]:  # each (n - 1,)
+        """log p(token t | tokens before it) for t = 1 .. n - 1 of each sequence, float32.
+
+            log p(x_t | x_<t) = log softmax(logits_{t-1} / temperature)[x_t]
+
+        The forward is the training forward; for sampled tokens this is the sampler's log-prob
+        again.
+
+        Raises:
+            ConfigError: a sequence without tokens, or longer than the context.
+            ModelError: a token outside the vocabulary.
+        """
+        self._check(sequences)
+        results: list[Tensor] = [torch.empty(0)] * len(sequences)
+        for chosen in cut_by_tokens([len(s) for s in sequences], self.score_tokens):
+            batch = pack_sequences([sequences[i] for i in chosen])
+            shift = predictions(batch)
+            hidden = transformer.forward(self.model, batch)[shift.rows]
+            values, _ = transformer.logprobs(self.model, hidden, shift.targets, temperature)
+            lengths = shift.cu.long().diff().tolist()
+            for i, part in zip(chosen, torch.split(values, lengths), strict=True):
+                results[i] = part.clone()
+        return results
