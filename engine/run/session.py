@@ -1,0 +1,151 @@
+"""A run folder while a stage writes to it: config, log, checkpoints, and stopping in good order.
+
+Ctrl-C and SIGTERM ask for a stop: the stage finishes its step, saves and raises `Stopped`, which says how to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from engine import ops
+from engine.config import RunConfig, to_dict
+from engine.run import checkpoint
+from engine.run.log import RunLog
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it is saved and can go on."""
+
+    def __init__(self, stage: str, output_dir: str, step: int) -> None:
+        super().__init__(
+            f"stopped after step {step} and saved; go on with:\n  python -m engine.train --stage {stage}"
+            f" --config {output_dir}/config.yaml --resume_from_checkpoint true"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with, for its records."""
+    out = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_class": ops.cpu_class(),
+    }
+    for package in ("rlhf-engine", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "not installed"
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        out["commit"] = done.stdout.strip() or "unknown"
+    return out
+
+
+def peak_memory_gb() -> float:
+    """The process's largest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def set_threads(threads: int | None) -> int:
+    """The cores this process may use, or fewer if asked; inter-op threads stay at one."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+class Session:
+    """Context manager around a stage's loop."""
+
+    def __init__(
+        self, config: RunConfig, stage: str, total_steps: int, live: tuple[str, ...]
+    ) -> None:
+        self.config, self.stage = config, stage
+        self.folder = Path(config.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stop_requested = False
+        self._handlers: dict[int, Any] = {}
+        self.log = RunLog(
+            self.folder, total_steps=total_steps, live=live, quiet=not config.progress, title=stage
+        )
+
+    def __enter__(self) -> Session:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._request_stop)
+        self.log.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.log.__exit__(kind, error, trace)
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.stop_requested = True
+        self.log.event(f"{signal.Signals(number).name}: finishing this step, then saving")
+
+    def write_config(self) -> None:
+        """config.yaml, which runs this stage again, and versions.json."""
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
+        (self.folder / "config.yaml").write_text(f"# stage: {self.stage}\n{text}")
+        (self.folder / "versions.json").write_text(
+            json.dumps({"stage": self.stage, **versions()}, indent=1) + "\n"
+        )
+
+    def resume(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, if the config asks for one and there is one."""
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None or wanted.lower() == "false":
+            return None
+        if wanted.lower() == "true":
+            newest = checkpoint.latest(self.folder)
+            if newest is None:
+                self.log.event(f"no checkpoint in {self.folder}: starting at the beginning")
+                return None
+            wanted = str(newest)
+        found = checkpoint.load(Path(wanted))
+        self.log.resume(int(found.state["step"]))
+        self.log.event(f"going on from {wanted}")
+        return found
+
+    def save(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> None:
+        checkpoint.save(
+            self.folder,
+            step,
+            {group: dict(named) for group, named in tensors.items()},
+            {**state, "step": step, "stage": self.stage},
+            keep=self.config.save_total_limit,
+        )
+
+    def stop_if_asked(self, step: int) -> None:
+        """Raises Stopped; call it after saving."""
+        if self.stop_requested:
+            raise Stopped(self.stage, str(self.folder), step)

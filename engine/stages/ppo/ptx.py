@@ -1,0 +1,43 @@
+"""The pretraining term of PPO-ptx [InstructGPT 3.5, Eq. 2]: language-model loss on rows of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.data.pack import cut_by_tokens, pack_sequences, predictions
+from engine.model import transformer
+
+
+def lm_loss(model: transformer.Model, rows: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    """Summed negative log-prob of all tokens after each row's first, and how many there are."""
+    batch = pack_sequences(rows)
+    shift = predictions(batch)
+    hidden = transformer.forward(model, batch)
+    logprob, _ = transformer.logprobs(model, hidden[shift.rows], shift.targets, 1.0)
+    return -logprob.sum(), logprob.numel()
+
+
+def backward_lm_loss(
+    model: transformer.Model, rows: Sequence[Sequence[int]], coefficient: float, budget: int
+) -> float:
+    """Adds coefficient * gradient of the token-mean loss to the masters' gradients; returns the mean loss."""
+    total = sum(max(len(row) - 1, 0) for row in rows)
+    loss_sum = 0.0
+    for cut in cut_by_tokens([len(row) for row in rows], budget):
+        loss, _ = lm_loss(model, [rows[i] for i in cut])
+        (loss * (coefficient / max(total, 1))).backward()  # type: ignore[no-untyped-call]
+        loss_sum += float(loss.detach())
+    return loss_sum / max(total, 1)
+
+
+@torch.no_grad()
+def mean_lm_loss(model: transformer.Model, rows: Sequence[Sequence[int]], budget: int) -> float:
+    """Token-mean loss without gradient; its exponential is the perplexity."""
+    loss_sum, count = 0.0, 0
+    for cut in cut_by_tokens([len(row) for row in rows], budget):
+        loss, tokens = lm_loss(model, [rows[i] for i in cut])
+        loss_sum, count = loss_sum + float(loss), count + tokens
+    return loss_sum / max(count, 1)

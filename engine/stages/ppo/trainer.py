@@ -1,0 +1,162 @@
+"""PPO for other people's loops, and for ours: `rollout`, then `step` with a score for each episode.
+
+    ppo = engine.PPO(policy, value, reference, config)
+    rollouts = ppo.rollout(prompts)
+    stats = ppo.step(rollouts, scores)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import PPOConfig
+from engine.data.prompts import Prompt
+from engine.hybrid import HybridEngine
+from engine.model.heads import ScalarModel
+from engine.model.transformer import Model
+from engine.run.ema import EMA
+from engine.run.kl_control import AdaptiveKL, FixedKL, KLController
+from engine.run.optim import Optimizer, OptimizerConfig
+from engine.run.schedule import constant_with_warmup
+from engine.stages.ppo.advantages import estimate
+from engine.stages.ppo.batch import Rollouts
+from engine.stages.ppo.metrics import episode_metrics
+from engine.stages.ppo.rewards import token_rewards, whiten_rewards
+from engine.stages.ppo.rollout import rollout
+from engine.stages.ppo.score import score
+from engine.stages.ppo.update import Learner, Targets, update
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration gave: its metrics, and the KL estimate of every answer token."""
+
+    stats: dict[str, float]
+    kl: Tensor  # (N,)
+
+
+class PPO:
+    """Policy, value model, frozen reference, and their optimizers.
+
+    `policy` is a trainable HybridEngine, `value` a trainable ScalarModel, `reference` a frozen Model.
+    `iteration` counts the steps taken and addresses the random numbers.
+    """
+
+    def __init__(
+        self, policy: HybridEngine, value: ScalarModel, reference: Model, config: PPOConfig
+    ) -> None:
+        self.policy, self.value, self.reference, self.config = policy, value, reference, config
+        adam = OptimizerConfig(
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            eps_style=config.adam_eps_style,
+            weight_decay=config.weight_decay,
+        )
+        parameters = policy.model.parameters()
+        self.learner = Learner(
+            policy.model,
+            value,
+            Optimizer(parameters, adam),
+            Optimizer(value.parameters(), adam),
+            EMA(parameters, config.ema_decay) if config.ema_decay > 0 else None,
+        )
+        self.kl: KLController = (
+            FixedKL(config.kl_coef)
+            if config.kl_target is None
+            else AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        )
+        self.iteration = 0
+
+    def rollout(self, prompts: Sequence[Prompt]) -> Rollouts:
+        """One answer (config.num_samples) to each prompt, by the current weights."""
+        first = self.iteration * self.config.batch_size
+        return rollout(self.policy, prompts, first, self.config.seed, self.config)
+
+    def step(
+        self,
+        rollouts: Rollouts,
+        scores: Tensor | Sequence[float],  # (E,)
+        ptx_rows: Sequence[Sequence[int]] = (),
+    ) -> dict[str, float]:
+        """Score, reward, advantages, one update; returns the metrics of the iteration.
+
+        `scores` is one number an episode, from anywhere; `ptx_rows` are rows of pretraining text for PPO-ptx.
+        """
+        return self.advance(rollouts, scores, ptx_rows).stats
+
+    def advance(
+        self,
+        rollouts: Rollouts,
+        scores: Tensor | Sequence[float],  # (E,)
+        ptx_rows: Sequence[Sequence[int]] = (),
+    ) -> Iteration:
+        """`step`, with the per-token KL beside the metrics."""
+        config, cu, ended = self.config, rollouts.cu, rollouts.ended
+        reward = torch.as_tensor(scores, dtype=torch.float32)
+        started = time.perf_counter()
+        passes = score(
+            self.policy.model,
+            self.reference,
+            self.value,
+            rollouts,
+            reward,
+            config.temperature,
+            config.micro_batch_tokens,
+        )
+        rewards = token_rewards(
+            passes.old_logprob, passes.ref_logprob, reward, ended, cu, self.kl.beta, config
+        )
+        if config.whiten_rewards:
+            rewards = whiten_rewards(rewards)
+        advantages = estimate(rewards, passes.value, passes.final_value, ended, cu, config)
+        scored = time.perf_counter()
+        targets = Targets(
+            rollouts,
+            passes,
+            advantages,
+            ptx_rows,
+            constant_with_warmup(self.iteration, config.learning_rate, config.warmup_iterations),
+            config.value_learning_rate,
+            self.iteration,
+        )
+        stats = update(self.learner, targets, config)
+        stats |= episode_metrics(rollouts, passes, rewards, advantages, self.kl.beta)
+        stats |= {
+            "lr": targets.learning_rate,
+            "timing/score": scored - started,
+            "timing/update": time.perf_counter() - scored,
+        }
+        self.kl = self.kl.after(stats["objective/kl"], rollouts.num_episodes)
+        self.iteration += 1
+        return Iteration(stats, rewards.kl)
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything that the next step depends on: tensors by file, and plain values."""
+        learner = self.learner
+        tensors = {
+            "policy": self.policy.model.state(),
+            "value": self.value.state(),
+            "optimizer_policy": learner.policy_optimizer.state(),
+            "optimizer_value": learner.value_optimizer.state(),
+        }
+        if learner.ema is not None:
+            tensors["ema"] = learner.ema.state()
+        return tensors, {"iteration": self.iteration, "kl_coef": self.kl.beta}
+
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """What `state` gave; the next step is then the one that the saved run would have taken."""
+        learner = self.learner
+        self.policy.model.load_state(tensors["policy"])
+        self.value.load_state(tensors["value"])
+        learner.policy_optimizer.load_state(tensors["optimizer_policy"])
+        learner.value_optimizer.load_state(tensors["optimizer_value"])
+        if learner.ema is not None:
+            learner.ema.load_state(tensors["ema"])
+        self.kl = replace(self.kl, beta=float(state["kl_coef"]))
+        self.iteration = int(state["iteration"])

@@ -1,0 +1,204 @@
+"""Advantages -> new weights: random minibatches, clipped losses, the pretraining term, one step each [paper C.4]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.config import PPOConfig
+from engine.model.heads import ScalarModel
+from engine.model.transformer import Model
+from engine.run.ema import EMA
+from engine.run.optim import Optimizer, global_norm
+from engine.run.streams import generator
+from engine.stages.ppo.batch import Advantages, Rollouts, Scores
+from engine.stages.ppo.forward import Answers, answer_logprobs, answer_values, micro_batches
+from engine.stages.ppo.ptx import backward_lm_loss
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What an update changes: policy, value model, their optimizers, the policy's average."""
+
+    policy: Model
+    value: ScalarModel
+    policy_optimizer: Optimizer
+    value_optimizer: Optimizer
+    ema: EMA | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the minibatches of one iteration are trained on, and at which learning rates."""
+
+    rollouts: Rollouts
+    scores: Scores
+    advantages: Advantages
+    ptx_rows: Sequence[Sequence[int]]
+    learning_rate: float
+    value_learning_rate: float
+    iteration: int
+
+
+class Means:
+    """Sums over tokens that become means over all of them, however the work was cut."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, weight: float, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def __getitem__(self, name: str) -> float:
+        return self.sums[name] / max(self.weights[name], 1e-12)
+
+
+def minibatches(
+    num_prompts: int, config: PPOConfig, iteration: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(number, prompts) of every minibatch of every inner epoch: a random split, each prompt once an epoch.
+
+    The answers to one prompt stay together, since they are computed together.
+    """
+    number = 0
+    for epoch in range(config.num_ppo_epochs):
+        order = generator(config.seed, "ppo minibatches", iteration, epoch).permutation(num_prompts)
+        for part in np.array_split(order, min(config.num_mini_batches, num_prompts)):
+            yield number, [int(i) for i in part]
+            number += 1
+
+
+def token_rows(cu: Sequence[int], answers: Answers) -> Tensor:  # (M,)
+    return torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
+
+
+def policy_backward(
+    policy: Model, targets: Targets, answers: Answers, rows: Tensor, count: int, config: PPOConfig, means: Means
+) -> float:
+    """Adds the policy gradient of one micro-batch; returns max |ratio - 1|."""
+    logprob, entropy = answer_logprobs(policy, answers, config.temperature)
+    old = targets.scores.old_logprob[rows]
+    advantage = targets.advantages.advantage[rows]
+    loss, stats = ops.ppo_policy_loss(
+        logprob, old, advantage, clip=config.cliprange, denominator=float(count)
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    n = rows.numel()
+    if n == 0:
+        return 0.0
+    with torch.no_grad():
+        excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
+    means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.detach().mean())
+    means.add(n, clipfrac=stats["clipfrac"], approxkl=stats["approxkl"])
+    means.add(n, excess=excess.mean(), excess_squared=excess.square().mean())
+    return float(excess.abs().max())
+
+
+def value_backward(
+    value: ScalarModel, targets: Targets, answers: Answers, rows: Tensor, count: int, config: PPOConfig, means: Means
+) -> None:
+    """Adds the value gradient of one micro-batch."""
+    new_value, _ = answer_values(value, answers)
+    loss, stats = ops.ppo_value_loss(
+        new_value,
+        targets.scores.value[rows],
+        targets.advantages.returns[rows],
+        clip=config.cliprange_value,
+        denominator=float(count),
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    n = rows.numel()
+    if n:
+        means.add(n, value_loss=loss.detach() * (count / n), value_clipfrac=stats["clipfrac"])
+
+
+def add_ptx_gradient(
+    policy: Model, rows: Sequence[Sequence[int]], config: PPOConfig, means: Means
+) -> None:
+    """Accumulates ptx_coef * gradient of the language-model loss into the same buffers, before the one clip and the
+    one step. The two parts are held apart only as long as it takes to measure their norms."""
+    parameters = policy.parameters()
+    ppo = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    loss = backward_lm_loss(policy, rows, config.ptx_coef, config.micro_batch_tokens)
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    means.add(1, ptx_loss=loss, ptx_grad_norm=global_norm(gradients))
+    for name, p in parameters.items():
+        gradient = ppo[name]
+        if gradient is not None and p.grad is not None:
+            p.grad.add_(gradient)
+        elif gradient is not None:
+            p.grad = gradient
+
+
+def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, float]:
+    """One iteration's optimizer steps; returns its metrics (means over real tokens)."""
+    rollouts, cu, means = targets.rollouts, targets.rollouts.cu.tolist(), Means()
+    first_deviation, skipped = 0.0, 0
+    plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
+    for number, prompts in plan:
+        learner.policy_optimizer.zero_grad()
+        learner.value_optimizer.zero_grad()
+        cuts = micro_batches(rollouts, prompts, config.micro_batch_tokens)
+        rows = [token_rows(cu, answers) for answers in cuts]
+        count = sum(r.numel() for r in rows)
+        for answers, r in zip(cuts, rows, strict=True):
+            deviation = policy_backward(learner.policy, targets, answers, r, count, config, means)
+            value_backward(learner.value, targets, answers, r, count, config, means)
+            first_deviation = max(first_deviation, deviation) if number == 0 else first_deviation
+        means.add(1, ppo_grad_norm=learner.policy_optimizer.grad_norm())
+        share = targets.ptx_rows[number :: len(plan)]
+        if share and config.ptx_coef > 0:
+            add_ptx_gradient(learner.policy, share, config, means)
+        skipped += step(learner, targets, config, means)
+    return metrics(means, first_deviation, skipped, learner)
+
+
+def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) -> int:
+    """One clip and one step of each model; the compute copies are renewed. Returns how many were skipped."""
+    clip = config.max_grad_norm or None
+    policy = learner.policy_optimizer.step(targets.learning_rate, clip)
+    value = learner.value_optimizer.step(targets.value_learning_rate, clip)
+    if not policy.skipped:
+        learner.policy.refresh()
+        means.add(1, grad_norm=policy.grad_norm)
+        if learner.ema is not None:
+            learner.ema.update()
+    if not value.skipped:
+        learner.value.refresh()
+        means.add(1, value_grad_norm=value.grad_norm)
+    return int(policy.skipped) + int(value.skipped)
+
+
+def metrics(means: Means, first_deviation: float, skipped: int, learner: Learner) -> dict[str, float]:
+    """TRL's names, over real tokens only."""
+    names = {
+        "loss/policy_avg": "policy_loss",
+        "loss/value_avg": "value_loss",
+        "loss/ptx_avg": "ptx_loss",
+        "policy/approxkl_avg": "approxkl",
+        "policy/clipfrac_avg": "clipfrac",
+        "policy/entropy_avg": "entropy",
+        "val/clipfrac_avg": "value_clipfrac",
+        "policy/grad_norm": "grad_norm",
+        "policy/grad_norm_ppo": "ppo_grad_norm",
+        "policy/grad_norm_ptx": "ptx_grad_norm",
+        "val/grad_norm": "value_grad_norm",
+    }
+    out = {name: means[key] for name, key in names.items() if key in means.sums}
+    if "excess" in means.sums:
+        out["val/ratio"] = 1.0 + means["excess"]
+        out["val/ratio_var"] = max(means["excess_squared"] - means["excess"] ** 2, 0.0)
+    out["parity/first_minibatch_ratio_deviation"] = first_deviation
+    out["policy/skipped_steps"] = float(skipped)
+    out["policy/weights_version"] = float(learner.policy.version)
+    return out

@@ -1,0 +1,145 @@
+"""Reward model on rankings of K answers [InstructGPT 3.5, C.2].
+
+    loss = -(1 / pairs) sum over pairs (i better than j) of log sigmoid(r_i - r_j)      (Eq. 1; ties dropped)
+
+All K answers of a prompt are one batch element: K answer segments that share the prompt's keys go through one forward
+pass, and C(K,2) pairs through one ranking_loss. The score is read at the last real token. After training a constant
+is added so that demonstrations score 0 on average; the loss does not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.config import RMConfig
+from engine.data.pack import cut_by_tokens, last_rows, pack_groups
+from engine.data.rankings import RankedGroup
+from engine.model import heads, transformer
+from engine.model.heads import ScalarModel
+from engine.model.weights import save_scalar, scalar_from_policy
+from engine.run.session import Session, set_threads
+from engine.stages.epochs import run_epochs, total_steps
+from engine.stages.inputs import RMData, load_rm_data, load_tokenizer
+from engine.stages.rm_metrics import count_pairs, ranking_metrics
+
+
+def train_reward_model(config: RMConfig) -> Path:
+    """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
+    set_threads(config.threads)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = scalar_from_policy(
+        config.model_name_or_path, seed=config.seed, dtype=config.dtype, trainable=True
+    )
+    data = load_rm_data(config, tokenizer, model.architecture.max_positions)
+    stage = RMStage(config, model, data)
+    live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
+    with Session(config, "rm", total_steps(config, len(data.train)), live) as session:
+        session.write_config()
+        for line in data.report_lines():
+            session.log.event(line)
+        run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
+        constant = -stage.demonstration_mean()
+        model = model.with_constant(model.constant + constant)
+        session.log.event(f"constant {constant:+.4f}: demonstrations now score 0 on average")
+        save_scalar(model, config.output_dir, tokenizer=tokenizer)
+        session.log.event(f"model: {config.output_dir}")
+    return Path(config.output_dir)
+
+
+class RMStage:
+    """The batch of a step, its loss and gradients, and the metrics on train and validation rankings."""
+
+    def __init__(self, config: RMConfig, model: ScalarModel, data: RMData) -> None:
+        self.config, self.model, self.data = config, model, data
+
+    def train_step(self, rows: Sequence[int], step: int) -> dict[str, float]:
+        """Adds the gradient of the ranking loss over all prompts of the batch."""
+        groups = [self.data.train[i] for i in rows]
+        total = sum(self.weight(group) for group in groups)
+        scores, loss_sum = [torch.empty(0)] * len(groups), 0.0
+        for cut in self.cuts(groups):
+            chosen = [groups[i] for i in cut]
+            score = group_scores(self.model, chosen)
+            loss, _, _ = ops.ranking_loss(
+                score, ranks_of(chosen), answer_offsets(chosen), self.config.loss_reduction
+            )
+            loss = loss * (sum(self.weight(group) for group in chosen) / max(total, 1))
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+            for i, part in zip(cut, split(score.detach(), chosen), strict=True):
+                scores[i] = part
+        metrics = ranking_metrics(groups, scores, self.config.calibration_bins)
+        tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
+        return {
+            "loss": loss_sum,
+            "num_tokens": float(tokens),
+            **{name: metrics[name] for name in TRAIN_METRICS if name in metrics},
+        }
+
+    def weight(self, group: RankedGroup) -> int:
+        """What a prompt counts for in the loss's mean: the reduction's own denominator."""
+        pairs = count_pairs(group.ranks)
+        if self.config.loss_reduction == "pair_mean":
+            return pairs
+        return 1 if self.config.loss_reduction == "prompt_mean_allpairs" else int(pairs > 0)
+
+    def cuts(self, groups: Sequence[RankedGroup]) -> list[list[int]]:
+        lengths = [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
+        return cut_by_tokens(lengths, self.config.micro_batch_tokens)
+
+    @torch.no_grad()
+    def scores(self, groups: Sequence[RankedGroup]) -> list[Tensor]:
+        """The K scores of every group."""
+        scores = [torch.empty(0)] * len(groups)
+        for cut in self.cuts(groups):
+            chosen = [groups[i] for i in cut]
+            for i, part in zip(cut, split(group_scores(self.model, chosen), chosen), strict=True):
+                scores[i] = part
+        return scores
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy with its standard error, log loss, by K and by source, calibration: on validation rankings."""
+        groups = self.data.validation
+        if not groups:
+            return {}
+        metrics = ranking_metrics(groups, self.scores(groups), self.config.calibration_bins)
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def demonstration_mean(self) -> float:
+        """Mean score of demonstrations: SFT rows where given, else each prompt's best-ranked answer."""
+        groups = self.data.demonstrations
+        scores = torch.cat(self.scores(groups))
+        return float(scores.double().mean())
+
+
+TRAIN_METRICS = ("accuracy", "log_loss", "margin", "min_reward", "mean_reward", "max_reward", "num_pairs")
+
+
+def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,)
+    """One score an answer: each prompt goes through the network once, each answer once."""
+    batch = pack_groups([(g.prompt, g.responses) for g in groups])
+    segments, at = [], 0
+    for group in groups:
+        segments += range(at + 1, at + 1 + len(group.responses))
+        at += 1 + len(group.responses)
+    hidden = transformer.forward(model, batch)
+    return heads.scores(model, hidden[last_rows(batch, segments)])
+
+
+def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32
+    return torch.tensor([rank for g in groups for rank in g.ranks], dtype=torch.float32)
+
+
+def answer_offsets(groups: Sequence[RankedGroup]) -> Tensor:  # (groups + 1,) int32
+    counts = torch.tensor([0] + [len(g.responses) for g in groups])
+    return counts.cumsum(0).to(torch.int32)
+
+
+def split(scores: Tensor, groups: Sequence[RankedGroup]) -> list[Tensor]:
+    return list(scores.split([len(g.responses) for g in groups]))

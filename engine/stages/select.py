@@ -1,0 +1,49 @@
+"""Which SFT checkpoint to keep: the one whose answers the reward model likes best [InstructGPT 3.5, C.1].
+
+Validation loss overfits after the first epoch while the reward and human preference still improve, so samples decide.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from engine.config import SFTConfig
+from engine.data.prompts import Prompt
+from engine.hybrid import HybridEngine
+from engine.model.weights import load_scalar
+from engine.run import checkpoint
+from engine.run.session import Session
+from engine.stages.ppo.batch import Rollouts
+from engine.stages.ppo.reward_sources import model_scores
+
+SELECTION_FILE = "selection.json"
+
+
+def select_checkpoint(
+    session: Session, config: SFTConfig, policy: HybridEngine, prompts: Sequence[Prompt]
+) -> None:
+    """Scores samples of every kept checkpoint, loads the best one into `policy`, writes selection.json.
+
+    The same prompts and the same random numbers for every checkpoint, so that only the weights differ.
+    """
+    assert config.select_by_reward_model is not None
+    reward_model = load_scalar(config.select_by_reward_model, dtype=config.dtype)
+    chosen = list(prompts[: config.select_num_prompts])
+    scores: dict[str, float] = {}
+    for path in checkpoint.kept(session.folder):
+        policy.model.load_state(checkpoint.load(path).tensors["model"])
+        completions = policy.generate(
+            [list(p.tokens) for p in chosen],
+            max_new_tokens=config.select_response_length,
+            seed=config.seed,
+        )
+        rollouts = Rollouts(tuple(chosen), tuple(completions), 1)
+        score = model_scores(reward_model, rollouts, config.micro_batch_tokens)
+        scores[path.name] = float(score.double().mean())
+        session.log.event(f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}")
+    best = max(scores, key=lambda name: scores[name])
+    policy.model.load_state(checkpoint.load(session.folder / best).tensors["model"])
+    record = {"best": best, "reward_model": config.select_by_reward_model, "mean_reward": scores}
+    (session.folder / SELECTION_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    session.log.event(f"best checkpoint by reward: {best}")

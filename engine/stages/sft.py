@@ -1,0 +1,146 @@
+"""Supervised fine-tuning on demonstrations [InstructGPT 3.5, C.1] and its RL-init variant [C.3].
+
+    L = -(sum over answer tokens, their end-of-sequence token included, of log p(token | before)) / their number
+
+The mean is over all tokens of the batch, however it is cut into micro-batches; prompts are context, not targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.config import SFTConfig
+from engine.data.pack import cut_by_tokens, pack_sequences, predictions
+from engine.data.text import Example
+from engine.hybrid import HybridEngine
+from engine.model import transformer
+from engine.model.transformer import Dropout, Model
+from engine.run.session import Session, set_threads
+from engine.stages.epochs import run_epochs, total_steps
+from engine.stages.inputs import SFTData, load_sft_data
+from engine.stages.select import select_checkpoint
+
+
+@dataclass(frozen=True)
+class Row:
+    """A token sequence of a batch; tokens before `response_start` are context."""
+
+    tokens: Sequence[int]
+    response_start: int
+    address: int  # addresses its dropout mask
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - max(self.response_start, 1)
+
+
+def train_sft(config: SFTConfig) -> Path:
+    """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
+    set_threads(config.threads)
+    policy = HybridEngine.from_pretrained(
+        config.model_name_or_path, dtype=config.dtype, trainable=True
+    )
+    data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    stage = SFTStage(config, policy.model, data)
+    total = total_steps(config, stage.num_demonstrations_rows)
+    live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
+    with Session(config, "sft", total, live) as session:
+        session.write_config()
+        for line in data.report_lines():
+            session.log.event(line)
+        run_epochs(
+            session,
+            stage.epochs_config,
+            policy.model,
+            stage.num_demonstrations_rows,
+            stage.train_step,
+            stage.evaluate,
+        )
+        if config.select_by_reward_model:
+            select_checkpoint(session, config, policy, data.eval_prompts())
+        policy.save_pretrained(config.output_dir)
+        session.log.event(f"model: {config.output_dir}")
+    return Path(config.output_dir)
+
+
+class SFTStage:
+    """The batch of a step, its loss and gradients, and the validation losses."""
+
+    def __init__(self, config: SFTConfig, model: Model, data: SFTData) -> None:
+        self.config, self.model, self.data = config, model, data
+        self.ptx_rows = round(config.batch_size * config.ptx_fraction)
+        self.num_demonstrations_rows = len(data.train)
+
+    @property
+    def epochs_config(self) -> SFTConfig:
+        """Steps count demonstrations: with a pretraining share a batch holds fewer of them."""
+        if not self.ptx_rows:
+            return self.config
+        rows = self.config.batch_size - self.ptx_rows
+        return replace(
+            self.config, per_device_train_batch_size=rows, gradient_accumulation_steps=1
+        )
+
+    def batch(self, rows: Sequence[int], step: int) -> list[Row]:
+        """The step's demonstrations and its share of pretraining rows."""
+        chosen = [self.demonstration(self.data.train[i], at) for at, i in enumerate(rows)]
+        if self.ptx_rows and self.data.ptx is not None:
+            first = step * self.ptx_rows
+            texts = self.data.ptx.rows(range(first, first + self.ptx_rows))
+            chosen += [Row(tokens, 0, len(rows) + at) for at, tokens in enumerate(texts)]
+        return chosen
+
+    def demonstration(self, example: Example, address: int) -> Row:
+        start = example.response_start if self.config.completion_only_loss else 0
+        return Row(example.tokens, start, address)
+
+    def train_step(self, rows: Sequence[int], step: int) -> dict[str, float]:
+        """Adds the gradient of the batch's token-mean loss."""
+        batch = self.batch(rows, step)
+        count = sum(row.num_targets for row in batch)
+        loss_sum = entropy_sum = 0.0
+        p = self.config.residual_dropout
+        for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.micro_batch_tokens):
+            chosen = [batch[i] for i in cut]
+            segments = tuple((row.address, len(row.tokens)) for row in chosen)
+            dropout = Dropout(p, self.config.seed, step, segments) if p > 0 else None
+            logprob, entropy = token_logprobs(self.model, chosen, dropout)
+            loss = -logprob.sum() / max(count, 1)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+            entropy_sum += float(entropy.detach().sum())
+        tokens = float(sum(len(row.tokens) for row in batch))
+        return {"loss": loss_sum, "entropy": entropy_sum / max(count, 1), "num_tokens": tokens}
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean token loss on the validation demonstrations and, in the RL-init variant, on held-out text."""
+        metrics = {}
+        if self.data.validation:
+            rows = [self.demonstration(example, 0) for example in self.data.validation]
+            metrics["eval/loss"] = self.mean_loss(rows)
+        if self.data.eval_ptx:
+            metrics["eval/ptx_loss"] = self.mean_loss([Row(t, 0, 0) for t in self.data.eval_ptx])
+        return metrics
+
+    @torch.no_grad()
+    def mean_loss(self, rows: Sequence[Row]) -> float:
+        loss, count = 0.0, 0
+        for cut in cut_by_tokens([len(r.tokens) for r in rows], self.config.micro_batch_tokens):
+            logprob, _ = token_logprobs(self.model, [rows[i] for i in cut], None)
+            loss, count = loss - float(logprob.double().sum()), count + logprob.numel()
+        return loss / max(count, 1)
+
+
+def token_logprobs(
+    model: Model, rows: Sequence[Row], dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:  # (M,), (M,)
+    """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
+    batch = pack_sequences([row.tokens for row in rows])
+    shift = predictions(batch, skip_first=[row.response_start for row in rows])
+    hidden = transformer.forward(model, batch, dropout)
+    return transformer.logprobs(model, hidden[shift.rows], shift.targets, 1.0)

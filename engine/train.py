@@ -1,0 +1,153 @@
+"""The command line: argv -> the config of one stage -> that stage. The only reader of argv.
+
+    python -m engine.train --stage sft|rm|ppo [--config file.yaml] [--preset name] [--key value ...]
+                           [--print_config] [--dry_run]
+
+A preset's values are overridden by those of --config, and these by --key value. Exit codes: 0 done, 2 bad usage,
+3 stopped on request and resumable, 1 failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import yaml
+
+from engine.config import STAGES, RunConfig
+from engine.errors import ConfigError, EngineError
+
+PRESETS = Path(__file__).parent / "presets"
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 3
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse with one habit more: an unknown key is answered with the nearest one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [action.dest for action in self._actions]
+        unknown = re.findall(r"--([\w.]+)|(?:[Kk]ey|Option) [\"']([\w.]+)[\"'] is not (?:expected|accepted)", message)
+        hints = []
+        for name in {a or b for a, b in unknown} - set(known):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hints.append(f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        text = "\n".join([*sorted(hints), message])
+        sys.stderr.write(f"python -m engine.train: {text}\nHelp: python -m engine.train --stage STAGE --help\n")
+        raise SystemExit(EXIT_USAGE)
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_values(name: str, stage: str) -> dict[str, Any]:
+    """A preset's values for one stage."""
+    if name not in preset_names():
+        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"preset: got {name!r}, want one of {', '.join(preset_names())}{hint}")
+    text = (PRESETS / f"{name}.yaml").read_text()
+    stages = yaml.safe_load(text)
+    if stage not in stages:
+        raise ConfigError(f"preset {name!r} has no values for stage {stage!r}, only for {', '.join(stages)}")
+    return dict(stages[stage] or {})
+
+
+def stage_parser() -> argparse.ArgumentParser:
+    """Reads --stage and --preset; the rest belongs to the stage's own parser."""
+    parser = argparse.ArgumentParser(prog="python -m engine.train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--stage", choices=sorted(STAGES))
+    parser.add_argument("--preset")
+    return parser
+
+
+def build_parser(stage: str, preset: str | None) -> jsonargparse.ArgumentParser:
+    """All keys of a stage, with the preset's values as defaults."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog=f"python -m engine.train --stage {stage}", description=STAGES[stage].__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    names = ", ".join(preset_names())
+    parser.add_argument("--stage", choices=sorted(STAGES), help="which stage to run")
+    parser.add_argument("--preset", type=str | None, help=f"ready values: {names}")
+    parser.add_argument("--dry_run", action="store_true", help="check config, data and model, then stop")
+    parser.add_class_arguments(STAGES[stage])
+    if preset:
+        values = preset_values(preset, stage)
+        known = {action.dest for action in parser._actions}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"preset {preset!r}: unknown key {name!r} for stage {stage!r}")
+        parser.set_defaults(values)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
+    """argv -> (stage, its config, dry run?). Exits with a message on bad usage."""
+    first, _ = stage_parser().parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if first.stage is None:
+        print(__doc__)
+        print(f"presets: {', '.join(preset_names())}")
+        print("Keys of a stage: python -m engine.train --stage ppo --help")
+        raise SystemExit(0 if {"-h", "--help"} & set(argv) else EXIT_USAGE)
+    parser = build_parser(first.stage, first.preset)
+    found = parser.parse_args(list(argv))
+    kind = STAGES[first.stage]
+    values = parser.instantiate_classes(found).as_dict()
+    for key in ("config", "stage", "preset", "dry_run"):
+        values.pop(key, None)
+    values.pop("__path__", None)
+    return first.stage, kind(**values), bool(found.dry_run)
+
+
+def run(stage: str, config: RunConfig) -> None:
+    """Runs one stage; the import waits until the CPU class is settled."""
+    import engine
+
+    {"sft": engine.train_sft, "rm": engine.train_reward_model, "ppo": engine.train_ppo}[stage](config)
+
+
+def settle_machine(config: RunConfig) -> None:
+    """Before torch starts its threads: which CPU kernels, and no spinning that collapses when a core is taken."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.cpu_class:
+        os.environ["ENGINE_CPU_CLASS"] = config.cpu_class
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; errors of the engine's own are one message, not a traceback."""
+    try:
+        stage, config, dry_run = parse(sys.argv[1:] if argv is None else argv)
+    except EngineError as error:
+        sys.stderr.write(f"python -m engine.train: {error}\n")
+        return EXIT_USAGE
+    settle_machine(config)
+    from engine.run.session import Stopped
+
+    try:
+        if dry_run:
+            from engine.stages.plan import print_plan
+
+            print_plan(stage, config)
+        else:
+            run(stage, config)
+    except Stopped as stopped:
+        print(stopped)
+        return EXIT_STOPPED
+    except EngineError as error:
+        sys.stderr.write(f"python -m engine.train: {error}\n")
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
