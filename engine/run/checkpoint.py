@@ -5,7 +5,8 @@
         state.json            counters, cursors, controllers: plain JSON
         manifest.json         name, size and sha256 of each of the files above
 
-`save` writes into a hidden folder aside, syncs every file, the manifest last, and renames once. at any moment leaves the older folders, with or without the new one. Nothing is pickled.
+`save` writes a hidden folder aside, syncs every file, the manifest last, and renames it once.
+A kill at any moment leaves the older folders, with or without the new one. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -133,27 +134,29 @@ def latest(root: Path | str) -> Path | None:
     Damaged ones are passed over with a warning that names them and says why. When there are some
     and all are damaged, raises `CheckpointError`: to begin again in silence would hide the loss.
     """
-    root = Path(root)
-    candidates = _candidates(root) if root.is_dir() else {}
     damaged: list[str] = []
-    for step in sorted(candidates, reverse=True):
+    for path in reversed(kept(root)):
         try:
-            verify(candidates[step])
+            verify(path)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
         if damaged:
-            warnings.warn(
-                f"going back to {candidates[step]}; passed over: {'; '.join(damaged)}",
-                stacklevel=2,
-            )
-        return candidates[step]
+            passed_over = "; ".join(damaged)
+            warnings.warn(f"going back to {path}; passed over: {passed_over}", stacklevel=2)
+        return path
     if damaged:
         raise CheckpointError(
             f"{root}: every checkpoint is damaged ({'; '.join(damaged)}); "
             "want one whole checkpoint, or a new output folder to begin again"
         )
     return None
+
+
+def kept(root: Path | str) -> list[Path]:
+    """All checkpoints under `root`, oldest first, damaged ones too: `load` is what verifies."""
+    found = _candidates(Path(root)) if Path(root).is_dir() else {}
+    return [found[step] for step in sorted(found)]
 
 
 def _state_text(state: Mapping[str, Any]) -> str:

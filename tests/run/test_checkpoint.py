@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.run import checkpoint
-from engine.run.checkpoint import latest, load, save, verify
+from engine.run.checkpoint import kept, latest, load, save, verify
 
 Tensors = dict[str, dict[str, Tensor]]
 FILES = ["policy.safetensors", "optimizer_policy.safetensors", "state.json", "manifest.json"]
@@ -75,6 +75,7 @@ def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert latest(tmp_path) is None and latest(tmp_path / "no such folder") is None
+    assert kept(tmp_path / "no such folder") == []
     (tmp_path / "checkpoint-final").mkdir()
     (tmp_path / "checkpoint-3").write_text("a file, not a folder")
     assert latest(tmp_path) is None
@@ -155,6 +156,7 @@ def test_rotation_counts_good_ones_only(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     _save(tmp_path, 10, keep=2)  # by number, not by spelling
     assert _names(tmp_path) == ["checkpoint-10", "checkpoint-4"]
+    assert [path.name for path in kept(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
     _save(tmp_path, 11, keep=1)
     assert _names(tmp_path) == ["checkpoint-11"]
 
