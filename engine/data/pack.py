@@ -1,4 +1,4 @@
-"""From ragged token lists to packed batches, and the one place where targets are shifted.
+"""From row numbers to ragged token lists to packed batches, and the one place that shifts targets.
 
 Letters: N packed tokens, S segments, M predictions. A batch has no pad token and no mask: segment s
 is rows ``cu_seqlens[s] : cu_seqlens[s + 1]``. K answers to one prompt are one prompt segment and K
@@ -7,16 +7,20 @@ answer segments that attend to it, so that the prompt is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import DataError
 
 INT32_MAX = 2**31 - 1
+# Keeps the order of rows apart from every other use of the same seed.
+ORDER_STREAM = 0x726F7773
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,71 @@ def cut_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def _flat(sequences: Sequence[Sequence[int]], total: int) -> np.ndarray:
+@lru_cache(maxsize=8)  # a pass asks for it once a step; eight orders serve all streams of a run
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:  # (n,)
+    """The order in which pass ``epoch`` visits n rows: argsort of n words of Philox(seed, epoch).
+
+    A pure function of its arguments, stable between machines and versions of numpy (raw words and a
+    stable sort, no library shuffle). Passes differ in the high counter word, so they never overlap.
+
+    Raises:
+        DataError: a negative argument, or a seed above 64 bits.
+    """
+    if n < 0 or epoch < 0 or not 0 <= seed < 2**64:
+        reason = f"got n={n}, seed={seed}, epoch={epoch}; want numbers >= 0 (seed < 2^64)"
+        raise DataError("epoch order", reason)
+    words = np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, 0, 0, epoch]).random_raw(n)
+    order = np.argsort(words, kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def epoch_steps(n: int, batch_size: int) -> int:
+    """Steps of one pass over n rows: ceil(n / batch_size); the last may be smaller."""
+    if n < 1 or batch_size < 1:
+        reason = f"got {n} rows and batch size {batch_size}; at least 1 of each is wanted"
+        raise DataError("batches", reason)
+    return -(-n // batch_size)
+
+
+def step_rows(n: int, batch_size: int, seed: int, step: int, wrap: bool = False) -> list[int]:
+    """The rows of global step ``step``, counted over all passes: the only cursor a resume needs.
+
+    With ``wrap=False`` every pass visits every row once and ends with a smaller batch if it must
+    (:func:`epoch_steps` steps a pass). With ``wrap=True`` the passes are one endless stream, cut
+    into batches of exactly ``batch_size``; a batch larger than n repeats rows.
+
+    Raises:
+        DataError: no rows, a batch below 1 or a negative step.
+    """
+    per_epoch = epoch_steps(n, batch_size)
+    if step < 0:
+        raise DataError("step", f"got {step}; steps count from 0")
+    if not wrap:
+        epoch, at = divmod(step, per_epoch)
+        first = at * batch_size
+        return [int(i) for i in epoch_order(n, seed, epoch)[first : first + batch_size]]
+    return stream_rows(n, seed, range(step * batch_size, (step + 1) * batch_size))
+
+
+def stream_rows(n: int, seed: int, places: Iterable[int]) -> list[int]:
+    """The rows at the given places of the endless stream of passes over n rows.
+
+    Place p is the (p mod n)-th row of pass p div n.
+    """
+    if n < 1:
+        raise DataError("rows", "got none; at least 1 is wanted")
+    orders: dict[int, NDArray[np.int64]] = {}
+    rows = []
+    for place in places:
+        epoch, at = divmod(place, n)
+        if epoch not in orders:
+            orders[epoch] = epoch_order(n, seed, epoch)
+        rows.append(int(orders[epoch][at]))
+    return rows
+
+
+def _flat(sequences: Sequence[Sequence[int]], total: int) -> NDArray[np.int64]:
     tokens = np.empty(total, dtype=np.int64)
     at = 0
     for sequence in sequences:
@@ -213,7 +281,7 @@ def _flat(sequences: Sequence[Sequence[int]], total: int) -> np.ndarray:
     return tokens
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     if offsets[-1] > INT32_MAX:
