@@ -23,6 +23,8 @@ from engine.kernels.linear import PackedWeight
 
 from .transformer import Model
 
+ENDINGS = ("end", "eo", "/")  # <|im_end|>, <eos>, <|eot_id|>, </s>: a scored text may stop with one
+
 
 @dataclass(frozen=True)
 class ScalarModel(Model):
@@ -45,7 +47,7 @@ class ScalarModel(Model):
 
 def scores(model: ScalarModel, hidden: Tensor) -> Tensor:  # (M, H) -> (M,) float32
     """hidden . w + constant, a row; differentiable."""
-    (score,) = model.weights.project(hidden.float(), "", ("score",))
+    (score,) = model.weights.project(hidden.float(), ("score",))
     return score.squeeze(1) + model.constant
 
 
@@ -58,21 +60,22 @@ def new_score_weight(hidden_size: int, seed: int) -> Tensor:  # (1, H) float32
 def choose_pad_token(
     config: Mapping[str, Any], tokenizer: Any | None, ends: Collection[int]
 ) -> int | None:
-    """The pad token that transformers should look for when it scores a padded batch; None where
-    there is none.
+    """The pad token by which transformers finds the last token of a sequence; None where no token
+    will do.
 
     transformers reads the score at the last token that is not the pad token. A pad token that is
     also an end-of-sequence token, common in language models, would make it read one token too
-    early; so the first of these that is no end: the tokenizer's pad token, the config's, a special
-    token with "pad" in its name, the unknown and the begin-of-sequence token.
+    early. So it is the first of these that is no end: the tokenizer's pad token, the config's, a
+    special token with "pad" in its name, the unknown token, the begin-of-sequence token, a special
+    token whose name does not speak of an end (the start of a turn, say).
     """
-    stated = config.get("pad_token_id")
-    if tokenizer is None:
-        candidates = [stated]
-    else:
-        special = [(i, str(t)) for i, t in tokenizer.added_tokens_decoder.items() if t.special]
-        candidates = [tokenizer.pad_token_id, stated]
-        candidates += [i for i, text in sorted(special) if "pad" in text.lower()]
+    candidates = [config.get("pad_token_id")]
+    if tokenizer is not None:
+        added = sorted(tokenizer.added_tokens_decoder.items())
+        special = [(i, str(token).lower()) for i, token in added if token.special]
+        candidates.insert(0, tokenizer.pad_token_id)
+        candidates += [i for i, name in special if "pad" in name]
         candidates += [tokenizer.unk_token_id, tokenizer.bos_token_id]
-    size = config["vocab_size"]
-    return next((c for c in candidates if c is not None and 0 <= c < size and c not in ends), None)
+        candidates += [i for i, name in special if not any(end in name for end in ENDINGS)]
+    fits = [c for c in candidates if c is not None and 0 <= c < config["vocab_size"]]
+    return next((c for c in fits if c not in ends), None)

@@ -114,16 +114,16 @@ class Weights:
         return rows
 
     def project(
-        self, x: Tensor, module: str, names: Sequence[str], out_dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, ...]:  # (N, K) -> one (N, rows) a name
-        """x W^T + b for each of the projections ``names`` of ``module``, which all read the same x.
+        self, x: Tensor, modules: Sequence[str], out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:  # (N, K) -> one (N, rows) a module
+        """x W^T + b for each of ``modules``, which all read the same x.
 
         They are asked for together so that they can be one product; their parameters keep their own
         names.
         """
         results = []
-        for name in names:
-            weight, bias = f"{module}.{name}.weight", self.optional_vector(f"{module}.{name}.bias")
+        for module in modules:
+            weight, bias = f"{module}.weight", self.optional_vector(f"{module}.bias")
             kind = x.dtype if out_dtype is None else out_dtype
             results.append(linear(x, self.packed(weight), bias, self.master(weight), kind))
         return tuple(results)

@@ -243,7 +243,7 @@ def _block(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) float32 -> s
 
 def _attention(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
     a, weights, module = step.model.architecture, step.model.weights, f"layers.{layer}.self_attn"
-    flat = weights.project(x, module, ("q_proj", "k_proj", "v_proj"))
+    flat = weights.project(x, (f"{module}.q_proj", f"{module}.k_proj", f"{module}.v_proj"))
     counts = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
     q, k, v = (part.view(-1, heads, a.head_dim) for part, heads in zip(flat, counts, strict=True))
     if a.qk_norm:
@@ -251,7 +251,7 @@ def _attention(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) -> (N, H
     if step.rope_table is not None:
         q, k = (rope(part, step.positions, step.rope_table) for part in (q, k))
     out = step.attend(layer, q, k, v)  # (N, Hq, D)
-    (result,) = weights.project(out.flatten(1), module, ("o_proj",), torch.float32)
+    (result,) = weights.project(out.flatten(1), (f"{module}.o_proj",), torch.float32)
     return result
 
 
@@ -262,12 +262,12 @@ def _head_norm(step: _Pass, module: str, heads: Tensor) -> Tensor:  # (N, heads,
 def _mlp(step: _Pass, module: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
     a, weights = step.model.architecture, step.model.weights
     if a.gated:
-        gate, up = weights.project(x, module, ("gate_proj", "up_proj"))
+        gate, up = weights.project(x, (f"{module}.gate_proj", f"{module}.up_proj"))
         inner = swiglu(gate, up)
     else:
-        (up,) = weights.project(x, module, ("up_proj",))
+        (up,) = weights.project(x, (f"{module}.up_proj",))
         inner = gelu(up, "tanh" if a.activation == "gelu_tanh" else "none")  # (N, F)
-    (result,) = weights.project(inner, module, ("down_proj",), torch.float32)
+    (result,) = weights.project(inner, (f"{module}.down_proj",), torch.float32)
     return result
 
 

@@ -170,7 +170,7 @@ def save_scalar(
     saved tokenizer; where a model has no token to pad with, a warning says that transformers scores
     one sequence at a time.
     """
-    pad = choose_pad_token(model.config, tokenizer, model.eos_token_ids)
+    pad = choose_pad_token(model.config, tokenizer, _ends(model, tokenizer))
     if pad is None:
         warnings.warn(
             f"{folder}: no token but the end-of-sequence token could be the pad token; transformers"
@@ -191,6 +191,12 @@ def save_scalar(
             saved = copy.deepcopy(tokenizer)
             saved.pad_token = tokenizer.convert_ids_to_tokens(pad)
         saved.save_pretrained(str(folder))
+
+
+def _ends(model: Model, tokenizer: Any | None) -> frozenset[int]:
+    """Every token that the model or its tokenizer calls the end of a sequence."""
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return model.eos_token_ids | (frozenset() if own is None else {own})
 
 
 def _write(model: Model, folder: Path, changes: Mapping[str, Any], max_shard_size: str) -> None:
