@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -60,6 +61,8 @@ class TextEncoder:
         self.control_ids = frozenset(special)
         names = sorted((t.content for t in special.values()), key=lambda s: (-len(s), s))
         self.control = re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
+        # Pairs made from one ranking repeat their prompt and answers, often long ones.
+        self._ids = lru_cache(maxsize=1024)(self._encode)
         self.lead = self._lead()
 
     def _lead(self) -> tuple[int, ...]:
@@ -71,10 +74,16 @@ class TextEncoder:
     def plain(self, text: str) -> list[int]:
         """Ids of a piece of text, without anything added."""
         split = not self.parse_special_tokens and bool(self.control.search(text))
+        return list(self._ids(text, split))
+
+    def _encode(self, text: str, split_special_tokens: bool = False) -> tuple[int, ...]:
         encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=split, verbose=False
+            text,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            verbose=False,
         )
-        return list(encoded["input_ids"])
+        return tuple(encoded["input_ids"])
 
     def document(self, text: str) -> list[int]:
         """Ids of a text that starts a sequence."""
@@ -97,8 +106,7 @@ class TextEncoder:
     def chat(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[int]:
         """Ids of a talk through the chat template."""
         text = self._render(messages, generation_prompt)
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        ids = list(encoded["input_ids"])
+        ids = list(self._ids(text))
         if self.parse_special_tokens:
             return ids
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
@@ -163,8 +171,7 @@ class TextEncoder:
                 a < end and start < b for a, b in spans
             )
             ids.extend(self.plain(text[start:end]) if literal_token else [token])
-        own = self.tokenizer(masked, add_special_tokens=False, verbose=False)["input_ids"]
-        if self._controls(ids) != self._controls(own):
+        if self._controls(ids) != self._controls(self._encode(masked)):
             reason = "a special token in the text cannot be told from the chat template's own"
             raise BadRow("special token in text", reason)
         return ids
