@@ -21,7 +21,15 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CLASSES = {"plain": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-psabi",
+]
 
 
 def class_flags() -> dict[str, list[str]]:
@@ -51,7 +59,9 @@ def refuse_shared_inlines(target: Path) -> None:
     weak = [line for line in listing.stdout.splitlines() if " W " in line and "pick_" not in line]
     if weak:
         target.unlink()
-        raise RuntimeError(f"{target.name}: weak symbols {weak}, want none; keep them in the class's namespace, static")
+        raise RuntimeError(
+            f"{target.name}: weak symbols {weak}, want none; keep them in the class's namespace, static"
+        )
 
 
 def build_command() -> dict[str, type]:
@@ -79,12 +89,16 @@ def build_command() -> dict[str, type]:
 def extension_arguments() -> dict[str, object]:
     """Empty where the extension cannot be built, with the reason on the terminal."""
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        print("engine: no C++ compiler found: installing without C++ kernels (slower, on torch definitions)")
+        print(
+            "engine: no C++ compiler found: installing without C++ kernels (slower, on torch definitions)"
+        )
         return {}
     try:
         from torch.utils.cpp_extension import CppExtension
     except ImportError:
-        print("engine: torch is not importable here: installing without C++ kernels; with torch installed, use")
+        print(
+            "engine: torch is not importable here: installing without C++ kernels; with torch installed, use"
+        )
         print("engine:   pip install --no-build-isolation .")
         return {}
     extension = CppExtension(

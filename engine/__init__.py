@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.config import RewardSource as RewardSource
     from engine.config import RMConfig as RMConfig
     from engine.config import SFTConfig as SFTConfig
-    from engine.config import Source as Source
+    from engine.data.rows import DataSource as DataSource
     from engine.errors import EngineError as EngineError
     from engine.hybrid import Completion as Completion
     from engine.hybrid import HybridEngine as HybridEngine
@@ -37,7 +37,7 @@ _HOMES = {
     "SFTConfig": "engine.config",
     "RMConfig": "engine.config",
     "PPOConfig": "engine.config",
-    "Source": "engine.config",
+    "DataSource": "engine.data.rows",
     "RewardSource": "engine.config",
     "EngineError": "engine.errors",
     "HybridEngine": "engine.hybrid",

@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.data.rows import DataSource
 from engine.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -40,20 +41,6 @@ def within_one(config: object, *keys: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """One data set of a mixture."""
-
-    path: str
-    """JSONL (also .gz), parquet, a local folder, or a hub id."""
-    split: str = "train"
-    """Split of a hub data set or of a folder."""
-    name: str | None = None
-    """Configuration of a hub data set."""
-    weight: float = 1.0
-    """Share of this data set's rows that an epoch takes: 0.5 every other row, 2.0 every row twice."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every stage has."""
 
@@ -69,7 +56,7 @@ class RunConfig:
     """Configuration of a hub data set."""
     dataset_train_split: str = "train"
     """Split to train on."""
-    dataset_mixture: list[Source] = field(default_factory=list)
+    dataset_mixture: list[DataSource] = field(default_factory=list)
     """Several data sets with weights, instead of `dataset_name`."""
     eval_dataset_name: str | None = None
     """Validation data; without it `eval_fraction` of the training rows is held back."""
@@ -121,9 +108,22 @@ class RunConfig:
     """Show progress on the terminal."""
 
     def __post_init__(self) -> None:
-        require(bool(self.model_name_or_path), "model_name_or_path", self.model_name_or_path, "a folder or hub id")
+        require(
+            bool(self.model_name_or_path),
+            "model_name_or_path",
+            self.model_name_or_path,
+            "a folder or hub id",
+        )
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
-        positive(self, "max_length", "threads", "micro_batch_tokens", "max_steps", "save_steps", "eval_steps")
+        positive(
+            self,
+            "max_length",
+            "threads",
+            "micro_batch_tokens",
+            "max_steps",
+            "save_steps",
+            "eval_steps",
+        )
         positive(self, "save_total_limit", "logging_steps", "adam_epsilon")
         not_negative(self, "weight_decay", "max_grad_norm", "seed")
         within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
@@ -154,7 +154,9 @@ class EpochConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+        positive(
+            self, "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"
+        )
         not_negative(self, "learning_rate", "warmup_steps")
         within_one(self, "lr_floor")
 
@@ -194,9 +196,12 @@ class SFTConfig(EpochConfig):
         super().__post_init__()
         positive(self, "ptx_length", "select_num_prompts", "select_response_length")
         within_one(self, "residual_dropout", "ptx_fraction")
-        require(self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "a number below 1")
         require(
-            (self.ptx_fraction > 0) == (self.ptx_dataset_name is not None) and self.ptx_fraction < 1,
+            self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "a number below 1"
+        )
+        require(
+            (self.ptx_fraction > 0) == (self.ptx_dataset_name is not None)
+            and self.ptx_fraction < 1,
             "ptx_fraction",
             self.ptx_fraction,
             "a number above 0 and below 1 together with ptx_dataset_name, 0 without",
@@ -211,7 +216,9 @@ class RMConfig(EpochConfig):
     """Prompts an optimizer step; each brings all its K answers."""
     learning_rate: float = 5e-5
     """Peak learning rate; the paper's 6B model has 9e-6."""
-    loss_reduction: Literal["prompt_mean_valid", "prompt_mean_allpairs", "pair_mean"] = "prompt_mean_valid"
+    loss_reduction: Literal["prompt_mean_valid", "prompt_mean_allpairs", "pair_mean"] = (
+        "prompt_mean_valid"
+    )
     """Pairs' loss averaged within a prompt (over the pairs that are not ties, or over all C(K,2)), or over pairs."""
     demonstrations_name: str | None = None
     """SFT rows whose mean score becomes 0 after training [paper 3.5]; without it the best-ranked answers serve."""
@@ -323,10 +330,34 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "total_episodes", "batch_size", "num_samples", "num_mini_batches", "num_ppo_epochs")
-        positive(self, "response_length", "temperature", "kl_target", "kl_horizon", "cliprange", "cliprange_value")
-        positive(self, "ptx_length", "eval_num_prompts", "max_active", "kv_cache_gb", "max_ratio_deviation")
-        not_negative(self, "learning_rate", "value_learning_rate", "warmup_iterations", "kl_coef", "ptx_coef")
+        positive(
+            self,
+            "total_episodes",
+            "batch_size",
+            "num_samples",
+            "num_mini_batches",
+            "num_ppo_epochs",
+        )
+        positive(
+            self,
+            "response_length",
+            "temperature",
+            "kl_target",
+            "kl_horizon",
+            "cliprange",
+            "cliprange_value",
+        )
+        positive(
+            self,
+            "ptx_length",
+            "eval_num_prompts",
+            "max_active",
+            "kv_cache_gb",
+            "max_ratio_deviation",
+        )
+        not_negative(
+            self, "learning_rate", "value_learning_rate", "warmup_iterations", "kl_coef", "ptx_coef"
+        )
         not_negative(self, "ptx_per_episode", "missing_eos_penalty", "save_samples")
         within_one(self, "gamma", "lam", "ema_decay")
         require(self.ema_decay < 1, "ema_decay", self.ema_decay, "a number below 1; 0 turns it off")

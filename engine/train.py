@@ -33,13 +33,17 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [action.dest for action in self._actions]
-        unknown = re.findall(r"--([\w.]+)|(?:[Kk]ey|Option) [\"']([\w.]+)[\"'] is not (?:expected|accepted)", message)
+        unknown = re.findall(
+            r"--([\w.]+)|(?:[Kk]ey|Option) [\"']([\w.]+)[\"'] is not (?:expected|accepted)", message
+        )
         hints = []
         for name in {a or b for a, b in unknown} - set(known):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hints.append(f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         text = "\n".join([*sorted(hints), message])
-        sys.stderr.write(f"python -m engine.train: {text}\nHelp: python -m engine.train --stage STAGE --help\n")
+        sys.stderr.write(
+            f"python -m engine.train: {text}\nHelp: python -m engine.train --stage STAGE --help\n"
+        )
         raise SystemExit(EXIT_USAGE)
 
 
@@ -56,13 +60,17 @@ def preset_values(name: str, stage: str) -> dict[str, Any]:
     text = (PRESETS / f"{name}.yaml").read_text()
     stages = yaml.safe_load(text)
     if stage not in stages:
-        raise ConfigError(f"preset {name!r} has no values for stage {stage!r}, only for {', '.join(stages)}")
+        raise ConfigError(
+            f"preset {name!r} has no values for stage {stage!r}, only for {', '.join(stages)}"
+        )
     return dict(stages[stage] or {})
 
 
 def stage_parser() -> argparse.ArgumentParser:
     """Reads --stage and --preset; the rest belongs to the stage's own parser."""
-    parser = argparse.ArgumentParser(prog="python -m engine.train", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.train", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--stage", choices=sorted(STAGES))
     parser.add_argument("--preset")
     return parser
@@ -71,12 +79,18 @@ def stage_parser() -> argparse.ArgumentParser:
 def build_parser(stage: str, preset: str | None) -> jsonargparse.ArgumentParser:
     """All keys of a stage, with the preset's values as defaults."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog=f"python -m engine.train --stage {stage}", description=STAGES[stage].__doc__)
+    parser = Parser(
+        allow_abbrev=False,
+        prog=f"python -m engine.train --stage {stage}",
+        description=STAGES[stage].__doc__,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     names = ", ".join(preset_names())
     parser.add_argument("--stage", choices=sorted(STAGES), help="which stage to run")
     parser.add_argument("--preset", type=str | None, help=f"ready values: {names}")
-    parser.add_argument("--dry_run", action="store_true", help="check config, data and model, then stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check config, data and model, then stop"
+    )
     parser.add_class_arguments(STAGES[stage])
     if preset:
         values = preset_values(preset, stage)
@@ -99,7 +113,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
     parser = build_parser(first.stage, first.preset)
     found = parser.parse_args(list(argv))
     kind = STAGES[first.stage]
-    values = parser.instantiate_classes(found).as_dict()
+    values = parser.instantiate(found).as_dict()
     for key in ("config", "stage", "preset", "dry_run"):
         values.pop(key, None)
     values.pop("__path__", None)
@@ -110,7 +124,9 @@ def run(stage: str, config: RunConfig) -> None:
     """Runs one stage; the import waits until the CPU class is settled."""
     import engine
 
-    {"sft": engine.train_sft, "rm": engine.train_reward_model, "ppo": engine.train_ppo}[stage](config)
+    {"sft": engine.train_sft, "rm": engine.train_reward_model, "ppo": engine.train_ppo}[stage](
+        config
+    )
 
 
 def settle_machine(config: RunConfig) -> None:

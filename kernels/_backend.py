@@ -108,7 +108,9 @@ def choose(op: str, *tensors: Tensor | None) -> str:
     if any(t.dtype == torch.float64 for t in given):
         refusal = "float64 runs on the reference backend only"
     elif any(t.device.type not in ("cpu", "meta") for t in given):
-        refusal = f"device {next(t.device for t in given if t.device.type != 'cpu')} has no C++ kernel"
+        refusal = (
+            f"device {next(t.device for t in given if t.device.type != 'cpu')} has no C++ kernel"
+        )
     elif extension() is None:
         refusal = why_no_extension()
         if forced is None:

@@ -18,7 +18,9 @@ def assert_close(
     ours: Tensor, reference: Tensor, truth: Tensor, name: str = "result", units: float = 2.0
 ) -> None:
     """ours and reference in any dtype, truth in float64, all of one shape."""
-    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(truth.shape)}"
+    assert ours.shape == truth.shape, (
+        f"{name}: shape {tuple(ours.shape)}, want {tuple(truth.shape)}"
+    )
     assert truth.dtype == torch.float64, f"{name}: truth is {truth.dtype}, want float64"
     if truth.numel() == 0:
         return
@@ -27,7 +29,9 @@ def assert_close(
     t = truth.detach()
     for kind, positions in (("nan", torch.isnan), ("inf", torch.isinf)):
         differ = positions(o) != positions(t)
-        assert not differ.any(), f"{name}: {kind} at {differ.nonzero()[0].tolist()} on one side only"
+        assert not differ.any(), (
+            f"{name}: {kind} at {differ.nonzero()[0].tolist()} on one side only"
+        )
     assert torch.equal(o[torch.isinf(t)], t[torch.isinf(t)]), f"{name}: infinities of other sign"
     finite = torch.isfinite(t)
     if not finite.any():

@@ -126,13 +126,15 @@ def clone(model: AnyModel, trainable: bool) -> AnyModel:
 class Dropout:
     """Residual dropout, on the output of each sub-layer: kept entries are divided by 1 - p.
 
-    The mask is a function of (seed, step, layer, sub-layer, row of the batch, channel) alone: not
-    of how many rows follow, and not of what else drew random numbers.
+    ``segments`` are (address, number of rows) of the batch's segments, in order. The mask is a
+    function of (seed, step, layer, sub-layer, address, row of the segment, channel) alone: not of
+    how a step's sequences were cut into micro-batches, nor of what else drew random numbers.
     """
 
     p: float
     seed: int
     step: int
+    segments: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.p < 1.0:
@@ -141,12 +143,21 @@ class Dropout:
     def __call__(self, x: Tensor, layer: int, sublayer: int) -> Tensor:  # (N, H) -> (N, H)
         if self.p == 0.0:
             return x
-        address = struct.pack("<4q", self.seed, self.step, layer, sublayer)
-        key = int.from_bytes(hashlib.blake2b(address, digest_size=4).digest(), "little")
-        # the CPU generator fills a tensor in order, so a row's numbers do not depend on the rows
-        # after it
-        uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(key))
+        uniform = torch.cat(
+            [
+                self._uniform(layer, sublayer, address, rows, x.shape[1])
+                for address, rows in self.segments
+            ]
+        )
+        if len(uniform) != len(x):
+            raise ModelError(f"dropout: segments of {len(uniform)} rows, the batch has {len(x)}")
         return x * ((uniform >= self.p) / (1.0 - self.p))
+
+    def _uniform(self, layer: int, sublayer: int, address: int, rows: int, width: int) -> Tensor:
+        words = struct.pack("<5q", self.seed, self.step, layer, sublayer, address)
+        key = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+        generator = torch.Generator().manual_seed(key & (2**63 - 1))
+        return torch.rand(rows, width, generator=generator)  # (rows, width)
 
 
 @dataclass(frozen=True)

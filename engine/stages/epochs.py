@@ -63,7 +63,9 @@ def run_epochs(
         rows = step_rows(num_rows, config.batch_size, config.seed, step)
         optimizer.zero_grad()
         metrics = train_step(rows, step)
-        lr = cosine_to_floor(step, total, config.learning_rate, config.lr_floor, config.warmup_steps)
+        lr = cosine_to_floor(
+            step, total, config.learning_rate, config.lr_floor, config.warmup_steps
+        )
         result = optimizer.step(lr, config.max_grad_norm or None)
         if not result.skipped:
             model.refresh()

@@ -40,7 +40,7 @@ def train_reward_model(config: RMConfig) -> Path:
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
     with Session(config, "rm", total_steps(config, len(data.train)), live) as session:
         session.write_config()
-        for line in data.report_lines():
+        for line in data.reports:
             session.log.event(line)
         run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
         constant = -stage.demonstration_mean()
@@ -118,7 +118,15 @@ class RMStage:
         return float(scores.double().mean())
 
 
-TRAIN_METRICS = ("accuracy", "log_loss", "margin", "min_reward", "mean_reward", "max_reward", "num_pairs")
+TRAIN_METRICS = (
+    "accuracy",
+    "log_loss",
+    "margin",
+    "min_reward",
+    "mean_reward",
+    "max_reward",
+    "num_pairs",
+)
 
 
 def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,)

@@ -41,7 +41,9 @@ def select_checkpoint(
         rollouts = Rollouts(tuple(chosen), tuple(completions), 1)
         score = model_scores(reward_model, rollouts, config.micro_batch_tokens)
         scores[path.name] = float(score.double().mean())
-        session.log.event(f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}")
+        session.log.event(
+            f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}"
+        )
     best = max(scores, key=lambda name: scores[name])
     policy.model.load_state(checkpoint.load(session.folder / best).tensors["model"])
     record = {"best": best, "reward_model": config.select_by_reward_model, "mean_reward": scores}

@@ -51,7 +51,7 @@ def train_sft(config: SFTConfig) -> Path:
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live) as session:
         session.write_config()
-        for line in data.report_lines():
+        for line in data.reports:
             session.log.event(line)
         run_epochs(
             session,
@@ -82,9 +82,7 @@ class SFTStage:
         if not self.ptx_rows:
             return self.config
         rows = self.config.batch_size - self.ptx_rows
-        return replace(
-            self.config, per_device_train_batch_size=rows, gradient_accumulation_steps=1
-        )
+        return replace(self.config, per_device_train_batch_size=rows, gradient_accumulation_steps=1)
 
     def batch(self, rows: Sequence[int], step: int) -> list[Row]:
         """The step's demonstrations and its share of pretraining rows."""

@@ -113,34 +113,38 @@ class TestDropout:
     x = torch.ones(50, 40)
 
     def test_keeps_the_mean_and_drops_its_share(self):
-        dropped = Dropout(0.2, seed=1, step=0)(torch.ones(500, 100), 0, 0)
+        dropped = Dropout(0.2, 1, 0, ((0, 500),))(torch.ones(500, 100), 0, 0)
         assert set(dropped.unique().tolist()) == {0.0, 1.25}
         assert abs(float((dropped == 0).float().mean()) - 0.2) < 0.01
 
-    def test_a_rows_mask_does_not_depend_on_the_rows_after_it(self):
-        dropout = Dropout(0.3, seed=1, step=4)
-        for rows in (1, 7, 49):
-            assert torch.equal(dropout(self.x, 3, 1)[:rows], dropout(self.x[:rows], 3, 1))
+    def test_a_mask_belongs_to_its_segment_wherever_it_lies(self):
+        alone = Dropout(0.3, 1, 4, ((8, 20),))(self.x[:20], 3, 1)
+        beside = Dropout(0.3, 1, 4, ((9, 30), (8, 20)))(self.x, 3, 1)
+        assert torch.equal(beside[30:], alone)
+        assert not torch.equal(beside[:20], alone)
 
     def test_every_part_of_the_address_counts(self):
         masks = [
-            Dropout(0.3, seed, step)(self.x, layer, sublayer)
+            Dropout(0.3, seed, step, ((address, 50),))(self.x, layer, sublayer)
             for seed in (0, 1)
             for step in (0, 1)
+            for address in (0, 1)
             for layer in (0, 1)
             for sublayer in (0, 1)
         ]
-        assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 16
+        assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 32
 
     def test_acts_on_both_sublayers_and_not_at_zero(self, folders):
         model = load_policy(folders / "gpt2", "float32")
         batch = pack_sequences(some_sequences(12))
         plain = forward(model, batch)
-        assert torch.equal(forward(model, batch, Dropout(0.0, 1, 1)), plain)
-        once, again, other = (forward(model, batch, Dropout(0.5, 1, s)) for s in (1, 1, 2))
+        assert torch.equal(forward(model, batch, Dropout(0.0, 1, 1, ((0, 12),))), plain)
+        once, again, other = (
+            forward(model, batch, Dropout(0.5, 1, s, ((0, 12),))) for s in (1, 1, 2)
+        )
         assert torch.equal(once, again)
         assert not torch.allclose(once, plain) and not torch.allclose(once, other)
 
     def test_refuses_a_share_of_one(self):
         with pytest.raises(ModelError, match="p = 1.0, want 0 <= p < 1"):
-            Dropout(1.0, 0, 0)
+            Dropout(1.0, 0, 0, ())

@@ -26,9 +26,7 @@ def estimate(
     """
     bootstrap = torch.where(ended, 0.0, final_value) if config.bootstrap_truncated else None
     if config.score_at == "eos":
-        advantage, returns = ops.gae(
-            rewards.reward, value, cu, config.gamma, config.lam, bootstrap
-        )
+        advantage, returns = ops.gae(rewards.reward, value, cu, config.gamma, config.lam, bootstrap)
     else:
         slots = with_extra_slot(cu, config.response_length)
         wide = value.new_zeros(int(slots.cu[-1])).index_copy(0, slots.rows, value)

@@ -89,7 +89,9 @@ class Scores:
 class Rewards:
     """The reward of each token: KL penalty, and the score where it is paid."""
 
-    reward: Tensor  # (N,); with score_at="eos_plus_one" (N + E',): one slot more where there was room
+    reward: (
+        Tensor  # (N,); with score_at="eos_plus_one" (N + E',): one slot more where there was room
+    )
     kl: Tensor  # (N,) the estimator's value a token
     cu: Tensor  # (E+1,) int32 offsets of `reward`
     paid_score: Tensor  # (E,) the score after the missing-EOS rule

@@ -24,7 +24,13 @@ from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
 
-LIVE = ("objective/scores", "objective/kl", "val/eos_rate", "val/explained_variance", "perf/tokens_per_s")
+LIVE = (
+    "objective/scores",
+    "objective/kl",
+    "val/eos_rate",
+    "val/explained_variance",
+    "perf/tokens_per_s",
+)
 DEFAULT_SAVE_ITERATIONS = 20
 
 
@@ -44,7 +50,7 @@ def train_ppo(config: PPOConfig) -> Path:
     ppo = PPO(policy, initial_value(config, rewards), reference, config)
     with Session(config, "ppo", config.num_iterations, LIVE) as session:
         session.write_config()
-        for line in data.report_lines():
+        for line in data.reports:
             session.log.event(line)
         restore(session, ppo)
         if ppo.iteration == 0:
@@ -55,7 +61,11 @@ def train_ppo(config: PPOConfig) -> Path:
             last = done == config.num_iterations
             if last or is_due(done, config.eval_steps):
                 log_evaluation(session, ppo, rewards, data, "after" if last else "during")
-            if last or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS) or session.stop_requested:
+            if (
+                last
+                or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS)
+                or session.stop_requested
+            ):
                 session.save(done, *ppo.state())
                 session.stop_if_asked(done)
         export(session, ppo)

@@ -11,7 +11,11 @@ from engine.stages.ppo.batch import Rollouts
 
 
 def rollout(
-    policy: HybridEngine, prompts: Sequence[Prompt], first_episode: int, seed: int, config: PPOConfig
+    policy: HybridEngine,
+    prompts: Sequence[Prompt],
+    first_episode: int,
+    seed: int,
+    config: PPOConfig,
 ) -> Rollouts:
     """config.num_samples answers to each prompt; episode ids count from `first_episode` and address the random
     numbers, so that the same episode is the same whatever else runs beside it."""

@@ -1,8 +1,8 @@
 """PPO for other people's loops, and for ours: `rollout`, then `step` with a score for each episode.
 
-    ppo = engine.PPO(policy, value, reference, config)
-    rollouts = ppo.rollout(prompts)
-    stats = ppo.step(rollouts, scores)
+ppo = engine.PPO(policy, value, reference, config)
+rollouts = ppo.rollout(prompts)
+stats = ppo.step(rollouts, scores)
 """
 
 from __future__ import annotations

@@ -81,7 +81,13 @@ def token_rows(cu: Sequence[int], answers: Answers) -> Tensor:  # (M,)
 
 
 def policy_backward(
-    policy: Model, targets: Targets, answers: Answers, rows: Tensor, count: int, config: PPOConfig, means: Means
+    policy: Model,
+    targets: Targets,
+    answers: Answers,
+    rows: Tensor,
+    count: int,
+    config: PPOConfig,
+    means: Means,
 ) -> float:
     """Adds the policy gradient of one micro-batch; returns max |ratio - 1|."""
     logprob, entropy = answer_logprobs(policy, answers, config.temperature)
@@ -103,7 +109,13 @@ def policy_backward(
 
 
 def value_backward(
-    value: ScalarModel, targets: Targets, answers: Answers, rows: Tensor, count: int, config: PPOConfig, means: Means
+    value: ScalarModel,
+    targets: Targets,
+    answers: Answers,
+    rows: Tensor,
+    count: int,
+    config: PPOConfig,
+    means: Means,
 ) -> None:
     """Adds the value gradient of one micro-batch."""
     new_value, _ = answer_values(value, answers)
@@ -179,7 +191,9 @@ def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) ->
     return int(policy.skipped) + int(value.skipped)
 
 
-def metrics(means: Means, first_deviation: float, skipped: int, learner: Learner) -> dict[str, float]:
+def metrics(
+    means: Means, first_deviation: float, skipped: int, learner: Learner
+) -> dict[str, float]:
     """TRL's names, over real tokens only."""
     names = {
         "loss/policy_avg": "policy_loss",

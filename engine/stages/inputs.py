@@ -1,0 +1,226 @@
+"""A stage's config -> its tokenizer and its data, with what was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
+from engine.data.pack import step_rows, stream_rows
+from engine.data.prompts import Prompt, load_prompts
+from engine.data.rankings import RankedGroup, load_rankings
+from engine.data.rows import Dataset, DataSource
+from engine.data.split import hold_back
+from engine.data.text import Example, PretrainRows, load_pretrain, load_sft
+from engine.errors import ConfigError
+from engine.run.streams import generator
+
+EVAL_PTX_ROWS = 64  # rows of held-out text that a validation scores
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """Demonstrations, held-back ones, and text for the RL-init variant."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    ptx: PretrainRows | None
+    eval_ptx: Sequence[Sequence[int]]
+    reports: tuple[str, ...]
+
+    def eval_prompts(self) -> list[Prompt]:
+        """The prompts of the validation demonstrations (of the training ones without validation)."""
+        rows = [row for row in self.validation or self.train if row.prompt_length > 0]
+        return [
+            Prompt(row.tokens[: row.prompt_length], "", None, {}, row.source)
+            for row in {row.key: row for row in rows}.values()
+        ]
+
+
+@dataclass(frozen=True)
+class RMData:
+    """Ranked groups, held-back ones, and the answers whose mean score becomes 0."""
+
+    train: Sequence[RankedGroup]
+    validation: Sequence[RankedGroup]
+    demonstrations: Sequence[RankedGroup]
+    reports: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PPOData:
+    """Prompts, held-back ones, and text for PPO-ptx."""
+
+    train: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    ptx: PretrainRows | None
+    eval_ptx: Sequence[Sequence[int]]
+    reports: tuple[str, ...]
+
+    def draw(self, count: int, seed: int, iteration: int) -> list[Prompt]:
+        """The prompts of an iteration: passes over all of them, each in its own random order."""
+        rows = step_rows(len(self.train), count, seed, iteration, wrap=True)
+        return [self.train[i] for i in rows]
+
+    def draw_ptx(self, count: int, iteration: int) -> list[list[int]]:
+        """The pretraining rows of an iteration."""
+        if self.ptx is None:
+            return []
+        return self.ptx.rows(range(iteration * count, (iteration + 1) * count))
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model folder or hub id."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def located(config: RunConfig, path: str) -> str:
+    """Relative paths are looked up in data_dir; what is not there may be a hub id."""
+    if config.data_dir is None or Path(path).is_absolute():
+        return path
+    inside = Path(config.data_dir) / path
+    if not inside.exists():
+        raise ConfigError(
+            f"data_dir: {config.data_dir} has no {path}; give the folder that holds it, or the"
+            " data set's full path without data_dir"
+        )
+    return str(inside)
+
+
+def train_sources(config: RunConfig) -> list[DataSource]:
+    if config.dataset_mixture:
+        return [replace(s, path=located(config, s.path)) for s in config.dataset_mixture]
+    if config.dataset_name is None:
+        raise ConfigError("dataset_name: got nothing, want training data (or dataset_mixture)")
+    path = located(config, config.dataset_name)
+    return [DataSource(path, config.dataset_train_split, config.dataset_config)]
+
+
+def eval_source(config: RunConfig) -> list[DataSource]:
+    assert config.eval_dataset_name is not None
+    path = located(config, config.eval_dataset_name)
+    return [DataSource(path, config.dataset_test_split, config.dataset_config)]
+
+
+def limited(config: RunConfig, context: int) -> int:
+    """max_length within the model's context."""
+    if config.max_length > context:
+        raise ConfigError(
+            f"max_length: got {config.max_length}, the model's context is {context}; want at most that"
+        )
+    return config.max_length
+
+
+def with_validation(
+    config: RunConfig, load: Any
+) -> tuple[Dataset[Any], Sequence[Any], tuple[str, ...]]:
+    """Training rows, validation rows, and lines about both. `load(sources)` reads one data set."""
+    data = load(train_sources(config))
+    lines = ["training data:", *data.report.lines()]
+    if config.eval_dataset_name is not None:
+        held = load(eval_source(config))
+        return data, held, (*lines, "validation data:", *held.report.lines())
+    if config.eval_fraction > 0:
+        data, held = hold_back(data, config.eval_fraction, config.seed)
+        return (
+            data,
+            held,
+            (*lines, f"held back for validation: {len(held)} of {len(held) + len(data)}"),
+        )
+    return data, (), tuple(lines)
+
+
+def load_text(
+    config: SFTConfig | PPOConfig, tokenizer: Any
+) -> tuple[PretrainRows | None, list[list[int]], tuple[str, ...]]:
+    """Pretraining rows, held-out rows, and lines about both."""
+    ptx, held, lines = None, [], []
+    options = {"bad_rows": config.bad_rows, "parse_special_tokens": config.parse_special_tokens}
+    if config.ptx_dataset_name is not None:
+        sources = [DataSource(located(config, config.ptx_dataset_name))]
+        ptx = load_pretrain(sources, tokenizer, config.ptx_length, config.seed, **options)
+        lines += ["pretraining text:", *ptx.lines()]
+    if config.eval_ptx_dataset_name is not None:
+        sources = [DataSource(located(config, config.eval_ptx_dataset_name))]
+        rows = load_pretrain(sources, tokenizer, config.ptx_length, 0, **options)
+        chosen = generator(0, "held-out text").permutation(len(rows))[:EVAL_PTX_ROWS]
+        held = [rows[int(i)] for i in sorted(chosen)]
+        lines += ["held-out text:", *rows.lines(), f"  scored: {len(held)} rows"]
+    return ptx, held, tuple(lines)
+
+
+def load_sft_data(config: SFTConfig, tokenizer: Any, context: int) -> SFTData:
+    """Everything SFT reads, checked."""
+    longest = limited(config, context)
+
+    def load(sources: list[DataSource]) -> Dataset[Example]:
+        return load_sft(
+            sources,
+            tokenizer,
+            longest,
+            not config.completion_only_loss,
+            config.truncate,
+            config.bad_rows,
+            config.parse_special_tokens,
+        )
+
+    train, validation, lines = with_validation(config, load)
+    ptx, held, more = load_text(config, tokenizer)
+    return SFTData(train, validation, ptx, held, lines + more)
+
+
+def load_rm_data(config: RMConfig, tokenizer: Any, context: int) -> RMData:
+    """Everything the reward model reads, checked."""
+    longest = limited(config, context)
+
+    def load(sources: list[DataSource]) -> Dataset[RankedGroup]:
+        return load_rankings(
+            sources, tokenizer, longest, config.bad_rows, config.parse_special_tokens
+        )
+
+    train, validation, lines = with_validation(config, load)
+    if config.demonstrations_name is None:
+        best = [best_answer(group) for group in train]
+        return RMData(train, validation, best[: config.demonstrations_limit], lines)
+    rows = load_sft(
+        [DataSource(located(config, config.demonstrations_name))],
+        tokenizer,
+        longest,
+        bad_rows=config.bad_rows,
+        parse_special_tokens=config.parse_special_tokens,
+    )
+    order = generator(config.seed, "rm demonstrations").permutation(len(rows))
+    chosen = [as_group(rows[int(i)]) for i in order[: config.demonstrations_limit]]
+    return RMData(train, validation, chosen, (*lines, "demonstrations:", *rows.report.lines()))
+
+
+def best_answer(group: RankedGroup) -> RankedGroup:
+    at = min(range(len(group.ranks)), key=lambda i: group.ranks[i])
+    return RankedGroup(group.prompt, (group.responses[at],), (group.ranks[at],), group.source)
+
+
+def as_group(row: Example) -> RankedGroup:
+    """A demonstration as a prompt with its one answer."""
+    prompt, answer = row.tokens[: row.prompt_length], row.tokens[row.prompt_length :]
+    return RankedGroup(
+        prompt or answer[:1], (answer if prompt else answer[1:],), (0.0,), row.source
+    )
+
+
+def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
+    """Everything PPO reads, checked."""
+    longest = limited(config, context - config.response_length)
+
+    def load(sources: list[DataSource]) -> Dataset[Prompt]:
+        return load_prompts(
+            sources, tokenizer, longest, config.bad_rows, config.parse_special_tokens
+        )
+
+    train, validation, lines = with_validation(config, load)
+    ptx, held, more = load_text(config, tokenizer)
+    return PPOData(train, validation[: config.eval_num_prompts], ptx, held, lines + more)

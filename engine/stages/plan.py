@@ -1,0 +1,72 @@
+"""`--dry_run`: reads the config, the data and the model's header, and says what would run. Writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from engine import ops
+from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
+from engine.model.architectures import read_architecture
+from engine.model.folder import read_json
+from engine.model.names import parameter_specs
+from engine.model.weights import resolve_dtype, resolve_folder
+from engine.run.session import set_threads
+from engine.stages.epochs import total_steps
+from engine.stages.inputs import load_ppo_data, load_rm_data, load_sft_data, load_tokenizer
+
+
+def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
+    """What would run, as (name, value)."""
+    folder = resolve_folder(config.model_name_or_path)
+    architecture = read_architecture(read_json(Path(folder) / "config.json"))
+    specs = parameter_specs(architecture, "lm_head")
+    count = 0
+    for spec in specs.values():
+        size = 1
+        for length in spec.shape:
+            size *= length
+        count += size
+    rows = [
+        ("stage", stage),
+        (
+            "model",
+            f"{architecture.family}, {count / 1e6:.1f}M parameters, {config.model_name_or_path}",
+        ),
+        ("storage", str(resolve_dtype(config.dtype)).removeprefix("torch.")),
+        ("machine", f"class {ops.cpu_class()}, {set_threads(config.threads)} threads"),
+        ("output", config.output_dir),
+    ]
+    tokenizer, context = load_tokenizer(config.model_name_or_path), architecture.max_positions
+    if isinstance(config, PPOConfig):
+        prompts = load_ppo_data(config, tokenizer, context)
+        rows += [
+            ("prompts", f"{len(prompts.train)}, validation {len(prompts.eval_prompts)}"),
+            ("iterations", f"{config.num_iterations} of {config.batch_size} episodes"),
+            (
+                "optimizer steps",
+                str(config.num_iterations * config.num_mini_batches * config.num_ppo_epochs),
+            ),
+        ]
+        return rows + [("data", line) for line in prompts.reports]
+    if isinstance(config, RMConfig):
+        groups = load_rm_data(config, tokenizer, context)
+        rows.append(("ranked prompts", f"{len(groups.train)}, validation {len(groups.validation)}"))
+        rows.append(("steps", str(total_steps(config, len(groups.train)))))
+        return rows + [("data", line) for line in groups.reports]
+    assert isinstance(config, SFTConfig)
+    examples = load_sft_data(config, tokenizer, context)
+    tokens = sum(len(example.tokens) for example in examples.train)
+    rows.append(("demonstrations", f"{len(examples.train)}, validation {len(examples.validation)}"))
+    rows.append(("tokens an epoch", str(tokens)))
+    rows.append(("steps", str(total_steps(config, len(examples.train)))))
+    return rows + [("data", line) for line in examples.reports]
+
+
+def print_plan(stage: str, config: RunConfig) -> None:
+    table = Table(title="dry run: nothing is trained or written", show_header=False)
+    for name, value in describe(stage, config):
+        table.add_row(name, value)
+    Console().print(table)
