@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from engine.data.rows import (
 )
 
 ASSISTANT = "\n\nAssistant:"
+MAX_RANK = 2**53  # beyond it, different whole numbers are one float and would tie
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def check_rank(value: Any, number: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         reason = f"ranks[{number}]: got {str(value)[:40]!r}, want a number"
         raise BadRow("rank not a number", reason)
-    if not math.isfinite(value) or abs(value) > 2**53:
+    if not abs(value) <= MAX_RANK:  # false for nan too
         raise BadRow("rank not finite", f"ranks[{number}]: got {value}, want a finite number")
     return float(value)
 
