@@ -19,7 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from engine.data.chat import TextEncoder, check_prompt
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
+from engine.data.rows import BadRow
 from engine.errors import ConfigError, ModelError
 from engine.generate.generator import Generated, generate
 from engine.generate.sampling import Sampling
@@ -117,12 +119,22 @@ class HybridEngine:
         save_policy(self.model, folder, tokenizer=self.tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text as it is, messages through the chat template."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            return self._encode_chat(cast(Sequence[Message], prompt))
-        return [int(token) for token in cast(Sequence[int], prompt)]
+        """Token ids of a prompt, as the prompts of a data set are encoded; ids stay as they are.
+
+        Text and messages go through the chat template where the tokenizer has one (text as a
+        user's message); without one, text is taken as it is. Special tokens spelled out in them
+        are plain text.
+
+        Raises:
+            ConfigError: no prompt, an empty one, or a talk that the template refuses.
+        """
+        if not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], Mapping)):
+            return [int(token) for token in cast(Sequence[int], prompt)]
+        try:
+            talk = check_prompt({"prompt": prompt}, "prompt")
+            return TextEncoder(self.tokenizer).prompt(talk)
+        except BadRow as error:
+            raise ConfigError(f"prompts: {error}") from error
 
     def generate(
         self,
@@ -165,17 +177,6 @@ class HybridEngine:
         )
         texts = self.tokenizer.batch_decode([r.tokens for r in results], skip_special_tokens=True)
         return [Completion(**vars(r), text=text) for r, text in zip(results, texts, strict=True)]
-
-    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "prompts: got messages, and this model's tokenizer has no chat template; "
-                "give text or token ids, or set tokenizer.chat_template"
-            )
-        ids = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
-        )
-        return list(ids)
 
     def _check(self, sequences: Sequence[Sequence[int]]) -> None:
         context = self.model.architecture.max_positions

@@ -40,12 +40,11 @@ def test_completions_come_in_order_with_their_text(engine):
 
 def test_text_messages_and_token_ids_are_the_same_prompt(engine):
     messages = [{"role": "user", "content": "hi"}]
-    text = "<|user|>hi<|end|><|model|>"
-    ids = engine.tokenizer(text)["input_ids"]
-    assert engine.encode(messages) == engine.encode(text) == engine.encode(ids) == ids
+    ids = engine.tokenizer("<|user|>hi<|end|><|model|>")["input_ids"]
+    assert engine.encode(messages) == engine.encode("hi") == engine.encode(ids) == ids
     assert engine.encode(torch.tensor(ids)) == ids
     kinds = [
-        engine.generate([prompt], max_new_tokens=5)[0].tokens for prompt in (messages, text, ids)
+        engine.generate([prompt], max_new_tokens=5)[0].tokens for prompt in (messages, "hi", ids)
     ]
     assert kinds[0] == kinds[1] == kinds[2]
 
@@ -104,11 +103,12 @@ def test_logprobs_are_float32_one_shorter_than_the_sequence_and_independent_of_t
 
 def test_after_an_optimizer_step_and_refresh_generation_uses_the_new_weights(folder):
     engine = HybridEngine.from_pretrained(folder, dtype="float32", trainable=True)
-    before = engine.generate(["go"], max_new_tokens=6)[0]
+    prompt = [50, 60]
+    before = engine.generate([prompt], max_new_tokens=6)[0]
     assert before.weights_version == engine.version == 0
     target = [11, 12, 13]
     for _ in range(12):
-        batch = pack_sequences([engine.encode("go") + target])
+        batch = pack_sequences([prompt + target])
         shift = predictions(batch, skip_first=[2])
         hidden = transformer.forward(engine.model, batch)[shift.rows]
         logprob, _ = transformer.logprobs(engine.model, hidden, shift.targets)
@@ -118,9 +118,9 @@ def test_after_an_optimizer_step_and_refresh_generation_uses_the_new_weights(fol
                 parameter -= 0.05 * parameter.grad.sign()
                 parameter.grad = None
         with pytest.raises(ModelError, match="refresh"):
-            engine.generate(["go"], max_new_tokens=6)
+            engine.generate([prompt], max_new_tokens=6)
         engine.refresh()
-    after = engine.generate(["go"], max_new_tokens=3)[0]
+    after = engine.generate([prompt], max_new_tokens=3)[0]
     assert after.weights_version == engine.version == 12
     assert list(after.tokens) == target, (
         "twelve steps towards these tokens, and others were sampled"
@@ -155,8 +155,27 @@ def test_what_cannot_be_done_is_said(engine, tmp_path):
         HybridEngine.load_tokenizer(tmp_path)
 
 
-def test_messages_without_a_chat_template_are_an_error(folder):
+def test_without_a_chat_template_text_is_taken_as_it_is(folder):
     engine = HybridEngine.from_pretrained(folder, dtype="float32")
     engine.tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template"):
-        engine.encode([{"role": "user", "content": "hi"}])
+    assert engine.encode("hi") == engine.tokenizer("hi")["input_ids"]
+    assert engine.encode([{"role": "user", "content": "hi"}]) == engine.encode("hi")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "boss", "content": "x"}], "want {'role': one of"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "ends with"),
+    ],
+)
+def test_a_broken_prompt_is_an_error(engine, prompt, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.encode(prompt)
+
+
+def test_a_special_token_spelled_in_a_prompt_is_text(engine):
+    ids = engine.encode("a<|end|>b")
+    assert ids.count(engine.tokenizer.eos_token_id) == 1, "only the template's own ends the turn"

@@ -1,0 +1,318 @@
+"""python -m engine.sample: K completions a prompt, written as a candidates file to rank.
+
+    python -m engine.sample --model_name_or_path runs/sft --dataset_name prompts.jsonl \\
+        --num_samples 4 --output candidates.jsonl [--rank_with my_scorers:length]
+
+A row of the file (JSON lines): ``prompt`` (text or messages), ``responses`` [K], ``tokens`` [K][T],
+``logprobs`` [K][T], ``finish_reasons`` [K], ``episode_ids`` [K], ``seed``, ``temperature``,
+``model``, and the other columns of the prompt's row. With ``--rank_with`` also ``scores`` [K] and
+``ranks`` [K] (lower is better, 0 the best, equal is a tie): such a file is a rankings data set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import jsonargparse
+
+from engine.config import Dtype, RunConfig, not_negative, positive, require
+from engine.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:  # torch is imported when the machine is settled, in main
+    from engine.data.prompts import Prompt
+    from engine.hybrid import HybridEngine
+    from engine.stages.ppo.reward_sources import RewardFunction
+
+PER_SAMPLE = ("responses", "tokens", "logprobs", "finish_reasons", "episode_ids")
+RESERVED = {"prompt", *PER_SAMPLE, "seed", "temperature", "model", "scores", "ranks"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sample completions of a data set's prompts, and rank them if asked to."""
+
+    model_name_or_path: str
+    """A Hugging Face folder or hub id (safetensors)."""
+    dataset_name: str
+    """Prompts: JSONL (also .gz), parquet, a local folder, or a hub id; `prompt` or `messages`."""
+    output: str
+    """The candidates file to write (JSONL)."""
+    dataset_split: str = "train"
+    """Split of a hub data set or of a folder."""
+    num_prompts: int | None = None
+    """Only so many prompts, the first ones (default: all)."""
+    num_samples: int = 4
+    """K, completions a prompt."""
+    max_new_tokens: int = 128
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Of the sampled law."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that hold this mass only."""
+    seed: int = 0
+    """With an episode id it fixes a completion, whatever the batch."""
+    batch: int = 64
+    """Prompts handed to the engine at once; each batch is written when it is done."""
+    max_active: int = 64
+    """Sequences that are decoded together."""
+    kv_cache_gb: float = 2.0
+    """Memory for keys and values; what does not fit waits."""
+    rank_with: str | None = None
+    """`module:function` with `f(prompts, completions, **columns) -> list[float | None]`, higher is
+    better.
+    """
+    tie_margin: float = 0.0
+    """Scores no further apart than this are a tie."""
+    dtype: Dtype = "auto"
+    """Weights of the compute copy. auto: bfloat16 where our kernels do the products."""
+    threads: int | None = None
+    """CPU threads (default: the cores that this process may use)."""
+    cpu_class: Literal["amx", "avx512", "avx2", "plain"] | None = None
+    """A class of CPU kernels below the machine's own (default: the machine's)."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A broken row ends the command with file, line and reason, or is skipped and counted."""
+    parse_special_tokens: bool = False
+    """Let special tokens spelled in prompts act as control tokens (off: they are plain text)."""
+
+    def __post_init__(self) -> None:
+        positive(self, "num_prompts", "num_samples", "max_new_tokens", "temperature", "batch")
+        positive(self, "max_active", "kv_cache_gb", "threads")
+        not_negative(self, "seed", "tie_margin")
+        require(
+            self.rank_with is None or self.num_samples > 1,
+            "num_samples",
+            self.num_samples,
+            "at least 2 with rank_with: one completion has no rank",
+        )
+
+
+def ranks_of(scores: Sequence[float], tie_margin: float = 0.0) -> list[int]:
+    """Ranks of scores: the highest score has rank 0, the next group rank 1, and so on.
+
+    Going down, a score belongs to the group it meets if it is at most ``tie_margin`` below the
+    group's best; a tie so never joins two scores that are further apart.
+    """
+    ranks = [0] * len(scores)
+    best, rank = math.inf, -1
+    for index in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        if best - scores[index] > tie_margin:
+            best, rank = scores[index], rank + 1
+        ranks[index] = rank
+    return ranks
+
+
+def ranked(
+    row: Mapping[str, Any],
+    scores: Sequence[float | None],
+    tie_margin: float,
+    left_out: Counter[str],
+) -> dict[str, Any] | None:
+    """``row`` with ``scores`` and ``ranks``, or None if it has fewer than two completions to rank.
+
+    A completion without a score (None) or without text, which nothing can be trained on, is left
+    out; ``left_out`` counts them, and the rows, by reason.
+    """
+    kept: list[tuple[int, float]] = []
+    for index, (response, score) in enumerate(zip(row["responses"], scores, strict=True)):
+        if score is None:
+            left_out["completions without a score"] += 1
+        elif not response.strip():
+            left_out["empty completions"] += 1
+        else:
+            kept.append((index, float(score)))
+    if len(kept) < 2:
+        left_out["prompts with fewer than two completions to rank"] += 1
+        return None
+    result = {
+        name: [value[i] for i, _ in kept] if name in PER_SAMPLE else value
+        for name, value in row.items()
+    }
+    values = [score for _, score in kept]
+    return {**result, "scores": values, "ranks": ranks_of(values, tie_margin)}
+
+
+def candidate_rows(
+    engine: HybridEngine, prompts: Sequence[Prompt], first: int, config: SampleConfig
+) -> list[dict[str, Any]]:
+    """One row a prompt; ``first`` is the number of the first of these prompts.
+
+    Sample k of prompt i has the episode id i * K + k, so ``--batch`` changes nothing.
+    """
+    count = config.num_samples
+    out = engine.generate(
+        [prompt.tokens for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        n=count,
+        seed=config.seed,
+        episode_ids=range(first * count, (first + len(prompts)) * count),
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+    rows = []
+    for index, prompt in enumerate(prompts):
+        samples = out[index * count : (index + 1) * count]
+        talk = prompt.messages and [dict(message) for message in prompt.messages]
+        own = {
+            "prompt": talk or prompt.text,
+            "responses": [sample.text for sample in samples],
+            "tokens": [sample.tokens for sample in samples],
+            "logprobs": [sample.logprobs.tolist() for sample in samples],
+            "finish_reasons": [sample.finish_reason for sample in samples],
+            "episode_ids": [sample.episode_id for sample in samples],
+            "seed": config.seed,
+            "temperature": config.temperature,
+            "model": config.model_name_or_path,
+        }
+        rows.append({**own, **{k: v for k, v in prompt.columns.items() if k not in RESERVED}})
+    return rows
+
+
+def score_rows(
+    function: RewardFunction, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
+) -> list[list[float | None]]:
+    """The scorer's value of every completion, by row: one call with TRL's signature.
+
+    Raises:
+        ConfigError: a number of values other than that of the completions, or one not finite.
+    """
+    pairs = [(p, text) for p, row in zip(prompts, rows, strict=True) for text in row["responses"]]
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
+    texts, completions = [prompt.text for prompt, _ in pairs], [text for _, text in pairs]
+    values = list(function(prompts=texts, completions=completions, **columns))
+    if len(values) != len(pairs):
+        raise ConfigError(
+            f"rank_with: got {len(values)} values for {len(pairs)} completions; return one each, "
+            "None where there is no score"
+        )
+    for value in values:
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"rank_with: got {value}; return finite numbers or None")
+    left = iter(values)
+    return [[next(left) for _ in row["responses"]] for row in rows]
+
+
+def sample(config: SampleConfig) -> Path:
+    """Write the candidates file; it appears under its name when it is complete.
+
+    Raises:
+        EngineError: a broken row of prompts, a scorer or a model that cannot be used.
+    """
+    from engine.data.prompts import load_prompts
+    from engine.data.rows import DataSource
+    from engine.generate.scheduler import Limits
+    from engine.hybrid import HybridEngine
+    from engine.run.session import set_threads
+    from engine.stages.ppo.reward_sources import import_function
+
+    set_threads(config.threads)
+    function = import_function(config.rank_with) if config.rank_with else None
+    limits = Limits(config.max_active, config.kv_cache_gb)
+    engine = HybridEngine.from_pretrained(config.model_name_or_path, config.dtype, limits=limits)
+    room = engine.model.architecture.max_positions - config.max_new_tokens
+    data = load_prompts(
+        [DataSource(config.dataset_name, config.dataset_split)],
+        engine.tokenizer,
+        room,
+        config.bad_rows,
+        config.parse_special_tokens,
+    )
+    for line in data.report.lines():
+        tell(line)
+    prompts = data.items[: config.num_prompts]
+    replaced = sorted({name for prompt in prompts for name in prompt.columns} & RESERVED)
+    if replaced:
+        tell(f"columns of the prompts that the file's own replace: {', '.join(replaced)}")
+    left_out: Counter[str] = Counter()
+    write_lines(Path(config.output), all_rows(engine, prompts, function, config, left_out))
+    for reason, number in sorted(left_out.items()):
+        tell(f"left out, {reason}: {number}")
+    return Path(config.output)
+
+
+def all_rows(
+    engine: HybridEngine,
+    prompts: Sequence[Prompt],
+    function: RewardFunction | None,
+    config: SampleConfig,
+    left_out: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """The rows of the file, a batch of prompts at a time."""
+    began, tokens = time.perf_counter(), 0
+    for first in range(0, len(prompts), config.batch):
+        chosen = prompts[first : first + config.batch]
+        rows = candidate_rows(engine, chosen, first, config)
+        tokens += sum(len(sequence) for row in rows for sequence in row["tokens"])
+        rate = tokens / (time.perf_counter() - began)
+        tell(f"{first + len(chosen)} of {len(prompts)} prompts, {rate:.0f} tokens/s")
+        if function is None:
+            yield from rows
+            continue
+        for row, scores in zip(rows, score_rows(function, rows, chosen), strict=True):
+            result = ranked(row, scores, config.tie_margin, left_out)
+            if result is not None:
+                yield result
+
+
+def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Write rows as JSON lines beside ``path`` and move them there at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    os.replace(aside, path)
+
+
+def tell(line: str) -> None:
+    """A line on the terminal's error stream, so that output can be piped."""
+    print(f"sample: {line}", file=sys.stderr)
+
+
+def parse(argv: Sequence[str] | None = None) -> SampleConfig:
+    """argv -> config. Exits with a message on bad usage."""
+    from engine.train import Parser
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        prog="python -m engine.sample", description=SampleConfig.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(SampleConfig)
+    values = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
+    return SampleConfig(**{key: value for key, value in values.items() if key != "config"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad usage, 1 failed."""
+    from engine.train import EXIT_FAILED, EXIT_USAGE, settle_machine
+
+    try:
+        config = parse(argv)
+    except EngineError as error:
+        tell(str(error))
+        return EXIT_USAGE
+    settle_machine(cast(RunConfig, config))  # reads keys that both have: threads, cpu_class
+    try:
+        tell(f"written: {sample(config)}")
+    except EngineError as error:
+        tell(str(error))
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

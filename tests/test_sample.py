@@ -1,0 +1,195 @@
+"""python -m engine.sample: candidates files, and rankings made with a scorer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+
+import pytest
+from small_engines import byte_tokenizer, save_tiny
+
+from engine.data.prompts import Prompt
+from engine.data.rankings import load_rankings
+from engine.errors import ConfigError
+from engine.hybrid import HybridEngine
+from engine.sample import SampleConfig, main, parse, ranked, ranks_of, score_rows
+
+PROMPT = Prompt((1,), "p", None, {}, "")
+SCORER = """
+seen = []
+def length(prompts, completions, **columns):
+    seen.append((prompts, completions, columns))
+    return [float(len(c)) for c in completions]
+def never(prompts, completions, **columns):
+    return [None for _ in completions]
+def short(prompts, completions, **columns):
+    return [0.0]
+"""
+ROWS = [
+    {"prompt": "hello", "topic": "a", "seed": 9},
+    {"prompt": "a longer one", "topic": "b", "seed": 9},
+    {"messages": [{"role": "user", "content": "hi"}], "topic": "c", "seed": 9},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny("gpt2", tmp_path_factory.mktemp("sample") / "gpt2")
+
+
+@pytest.fixture
+def scorers(tmp_path, monkeypatch):
+    (tmp_path / "own_scorers.py").write_text(SCORER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "own_scorers"
+    sys.modules.pop("own_scorers", None)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def run(folder, prompts, output, *more):
+    argv = ["--model_name_or_path", folder, "--dataset_name", prompts, "--output", output]
+    argv += ["--num_samples", 3, "--max_new_tokens", 8, "--dtype", "float32", "--threads", 1, *more]
+    return main([str(part) for part in argv])
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_row_holds_what_the_engine_sampled_and_the_prompts_columns(
+    folder, prompts, tmp_path, capsys
+):
+    output = tmp_path / "deep" / "candidates.jsonl"
+    assert run(folder, prompts, output, "--seed", 4, "--temperature", 0.9) == 0
+    rows = read(output)
+    assert [row["prompt"] for row in rows] == ["hello", "a longer one", ROWS[2]["messages"]]
+    assert [row["topic"] for row in rows] == ["a", "b", "c"]
+    engine = HybridEngine.from_pretrained(folder, dtype="float32")
+    inputs = ["hello", "a longer one", ROWS[2]["messages"]]
+    want = engine.generate(inputs, n=3, max_new_tokens=8, seed=4, temperature=0.9)
+    for index, row in enumerate(rows):
+        samples = want[index * 3 : index * 3 + 3]
+        assert row["responses"] == [s.text for s in samples]
+        assert row["tokens"] == [list(s.tokens) for s in samples]
+        assert row["logprobs"] == [s.logprobs.tolist() for s in samples]
+        assert row["finish_reasons"] == [s.finish_reason for s in samples]
+        assert row["episode_ids"] == [3 * index, 3 * index + 1, 3 * index + 2]
+        assert (row["seed"], row["temperature"], row["model"]) == (4, 0.9, str(folder))
+        assert "ranks" not in row
+    said = capsys.readouterr().err
+    assert "3 of 3 prompts" in said and "3 rows read, 3 kept" in said
+    assert "columns of the prompts that the file's own replace: seed" in said
+
+
+def test_the_batch_changes_nothing(folder, prompts, tmp_path):
+    files = [tmp_path / "one.jsonl", tmp_path / "all.jsonl"]
+    assert run(folder, prompts, files[0], "--batch", 1) == 0
+    assert run(folder, prompts, files[1]) == 0
+    one, other = (
+        [{k: v for k, v in row.items() if k != "logprobs"} for row in read(f)] for f in files
+    )
+    assert one == other
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_ranked_file_is_a_rankings_data_set(folder, prompts, tmp_path, scorers, capsys):
+    output = tmp_path / "ranked.jsonl"
+    assert run(folder, prompts, output, "--rank_with", f"{scorers}:length") == 0
+    rows = read(output)
+    for row in rows:
+        assert row["scores"] == [float(len(text)) for text in row["responses"]]
+        assert row["ranks"] == ranks_of(row["scores"]) and min(row["ranks"]) == 0
+    (call,) = sys.modules[scorers].seen
+    texts, completions, columns = call
+    assert texts == ["hello"] * 3 + ["a longer one"] * 3 + ["hi"] * 3 and len(completions) == 9
+    assert columns == {"topic": list("aaabbbccc"), "seed": [9] * 9}
+    groups = load_rankings([str(output)], byte_tokenizer())
+    assert [group.ranks for group in groups] == [tuple(row["ranks"]) for row in rows]
+
+
+def test_ranks_are_dense_lower_is_better_and_equal_scores_tie():
+    assert ranks_of([0.5, 2.0, 0.5, -1.0]) == [1, 0, 1, 2]
+    assert ranks_of([3.0, 3.0]) == [0, 0]
+    assert ranks_of([1.0, 2.0, 3.0]) == [2, 1, 0]
+    assert ranks_of([]) == []
+
+
+def test_a_margin_ties_scores_near_a_groups_best_and_does_not_chain():
+    assert ranks_of([1.0, 1.4, 1.8, 2.2], tie_margin=0.5) == [1, 1, 0, 0]
+    assert ranks_of([1.0, 1.5], tie_margin=0.5) == [0, 0]
+
+
+def test_what_cannot_be_ranked_is_left_out_and_counted():
+    row = {
+        "prompt": "p",
+        "responses": ["a", " ", "b", "c"],
+        "tokens": [[1], [2], [3], [4]],
+        "seed": 0,
+    }
+    left_out = Counter()
+    result = ranked(row, [1.0, 5.0, None, 2.0], 0.0, left_out)
+    assert (result["responses"], result["tokens"]) == (["a", "c"], [[1], [4]])
+    assert (result["scores"], result["ranks"], result["seed"]) == ([1.0, 2.0], [1, 0], 0)
+    assert left_out == {"empty completions": 1, "completions without a score": 1}
+    assert ranked(row, [None, 1.0, 1.0, None], 0.0, left_out) is None
+    assert left_out["prompts with fewer than two completions to rank"] == 1
+
+
+def test_a_file_appears_only_when_it_is_complete(folder, prompts, tmp_path, scorers, capsys):
+    output = tmp_path / "never.jsonl"
+    assert run(folder, prompts, output, "--rank_with", f"{scorers}:short") == 1
+    assert "got 1 values for 9 completions" in capsys.readouterr().err
+    assert not output.exists()
+    assert run(folder, prompts, output, "--rank_with", f"{scorers}:never") == 0
+    assert output.read_text() == ""
+    said = capsys.readouterr().err
+    assert "left out, completions without a score: 9" in said
+    assert "left out, prompts with fewer than two completions to rank: 3" in said
+
+
+def test_a_score_that_is_no_number_is_an_error():
+    with pytest.raises(ConfigError, match="rank_with: got nan"):
+        score_rows(lambda prompts, completions: [float("nan")], [{"responses": ["x"]}], [PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num_samples", "1", "--rank_with", "m:f"], "at least 2 with rank_with"),
+        (["--tie_margin", "-1"], "tie_margin: got -1"),
+        (["--batch", "0"], "batch: got 0"),
+        (["--num_sample", "3"], "num_samples"),
+    ],
+)
+def test_bad_usage_is_a_message_and_exit_code_2(more, message, capsys):
+    argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--output", "o", *more]
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_key_reaches_the_config():
+    argv = (
+        "--model_name_or_path m --dataset_name d --output o --num_samples 5 --top_k 7 --top_p 0.5"
+    )
+    config = parse([*argv.split(), "--tie_margin", "0.25", "--num_prompts", "9"])
+    assert config == SampleConfig(
+        model_name_or_path="m",
+        dataset_name="d",
+        output="o",
+        num_samples=5,
+        top_k=7,
+        top_p=0.5,
+        tie_margin=0.25,
+        num_prompts=9,
+    )
