@@ -12,14 +12,12 @@ Statistics are kept as sums over tokens (`SUMS`), so that micro-batches add up t
 the whole batch.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._backend import choose
+from ._backend import choose, define
 from ._check import check_vector
-from ._denominator import check_denominator
+from ._loss import check_denominator, register_loss
 
 # With u = logprob - old_logprob (after the clamp) and rho = e^u, summed over tokens:
 SUMS = ("tokens", "clipped", "-u", "u^2", "rho - 1 - u", "rho - 1", "(rho - 1)^2")
@@ -79,8 +77,15 @@ def ppo_policy_loss_and_sums(
     if log_ratio_clamp is not None and not log_ratio_clamp > 0:
         raise ValueError(f"log_ratio_clamp: got {log_ratio_clamp}, want a number > 0, or None")
     divisor = check_denominator(denominator)
-    arguments = (logprob, old_logprob, advantage, clip, divisor, log_ratio_clamp)
-    return ppo_policy_loss_reference(*arguments)
+    if choose("ppo_policy_loss", logprob, old_logprob, advantage) == "reference":
+        return ppo_policy_loss_reference(
+            logprob, old_logprob, advantage, clip, divisor, log_ratio_clamp
+        )
+    divisor = float(max(logprob.numel(), 1)) if divisor is None else divisor
+    limit = float("inf") if log_ratio_clamp is None else log_ratio_clamp
+    tensors = [x.contiguous() for x in (logprob, old_logprob, advantage)]
+    loss, sums, _ = torch.ops.engine.ppo_policy_loss(*tensors, clip, divisor, limit)
+    return loss, sums
 
 
 def ppo_policy_stats(sums: Tensor) -> dict[str, Tensor]:  # (7,) float64 -> 0-dim float64 each
@@ -128,3 +133,15 @@ def ppo_policy_loss(
         log_ratio_clamp=log_ratio_clamp,
     )
     return loss, ppo_policy_stats(sums)
+
+
+define(
+    "ppo_policy_loss(Tensor logprob, Tensor old_logprob, Tensor advantage, float clip,"
+    " float denominator, float log_ratio_clamp) -> (Tensor loss, Tensor sums, Tensor grad)",
+    lambda logprob, old_logprob, advantage, clip, denominator, log_ratio_clamp: (
+        logprob.new_empty(()),
+        logprob.new_empty(len(SUMS), dtype=torch.float64),
+        torch.empty_like(logprob),
+    ),
+)
+register_loss("ppo_policy_loss")

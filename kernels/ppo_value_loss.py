@@ -8,14 +8,12 @@
 written as old_value + clamp(value - old_value) its rounding alone would make terms "clipped".
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._backend import choose
+from ._backend import choose, define
 from ._check import check_vector
-from ._denominator import check_denominator
+from ._loss import check_denominator, register_loss
 
 
 def ppo_value_loss_reference(
@@ -57,7 +55,13 @@ def ppo_value_loss_and_sums(
     if clip is not None and not 0 <= clip < float("inf"):
         raise ValueError(f"clip: got {clip}, want a finite number >= 0, or None for no clipping")
     divisor = check_denominator(denominator)
-    return ppo_value_loss_reference(value, old_value, returns, clip, divisor)
+    if choose("ppo_value_loss", value, old_value, returns) == "reference":
+        return ppo_value_loss_reference(value, old_value, returns, clip, divisor)
+    divisor = float(max(value.numel(), 1)) if divisor is None else divisor
+    limit = float("inf") if clip is None else clip
+    tensors = [x.contiguous() for x in (value, old_value, returns)]
+    loss, sums, _ = torch.ops.engine.ppo_value_loss(*tensors, limit, divisor)
+    return loss, sums
 
 
 def ppo_value_stats(sums: Tensor) -> dict[str, Tensor]:  # (2,) float64 -> 0-dim float64 each
@@ -83,3 +87,15 @@ def ppo_value_loss(
     """
     loss, sums = ppo_value_loss_and_sums(value, old_value, returns, clip, denominator=denominator)
     return loss, ppo_value_stats(sums)
+
+
+define(
+    "ppo_value_loss(Tensor value, Tensor old_value, Tensor returns, float clip, float denominator)"
+    " -> (Tensor loss, Tensor sums, Tensor grad)",
+    lambda value, old_value, returns, clip, denominator: (
+        value.new_empty(()),
+        value.new_empty(2, dtype=torch.float64),
+        torch.empty_like(value),
+    ),
+)
+register_loss("ppo_value_loss")

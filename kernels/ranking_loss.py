@@ -1,9 +1,10 @@
 """The pairwise ranking loss over all pairs of a prompt's K answers (InstructGPT Eq. 1).
 
-    pairs of a prompt = {(w, l): rank_w < rank_l}           lower is better; equal ranks are ties
-    and give no pair L_p = sum over its pairs of -log sigmoid(score_w - score_l) d L_p / d score_i =
-    sum over j of [pair i, j] * (sigmoid(score_i - score_j) - [i beats j])
+    pairs of a prompt = {(w, l): rank_w < rank_l}
+    L_p = sum over its pairs of -log sigmoid(score_w - score_l)
+    d L_p / d score_i = sum over j paired with i of sigmoid(score_i - score_j) - [i beats j]
 
+Lower ranks are better; equal ranks are ties and give no pair.
 One prompt is one segment, so its K answers are one batch element. What the sum is divided by
 (`reduction`; Eq. 1 does not say it once there are ties):
 
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import choose
+from ._backend import choose, define
 from ._check import check_offsets, check_vector
-from ._denominator import check_denominator
+from ._loss import check_denominator, register_loss
 
 REDUCTIONS = ("prompt_mean_valid", "prompt_mean_allpairs", "pair_mean")
 
@@ -114,4 +115,23 @@ def ranking_loss(
     check_ranking(rank, cu, reduction)
     check_vector("score", score, rank.numel(), score.dtype)
     divisor = check_denominator(denominator)
-    return ranking_loss_reference(score, rank, cu, reduction, divisor)
+    if choose("ranking_loss", score) == "reference":
+        return ranking_loss_reference(score, rank, cu, reduction, divisor)
+    wide_rank = rank.double().contiguous()
+    loss, num_pairs, num_correct, _ = torch.ops.engine.ranking_loss(
+        score.contiguous(), wide_rank, cu.contiguous(), REDUCTIONS.index(reduction), divisor
+    )
+    return loss, num_pairs, num_correct
+
+
+define(
+    "ranking_loss(Tensor score, Tensor rank, Tensor cu, int reduction, float? denominator)"
+    " -> (Tensor loss, Tensor num_pairs, Tensor num_correct, Tensor grad)",
+    lambda score, rank, cu, reduction, denominator: (
+        score.new_empty(()),
+        score.new_empty((), dtype=torch.int64),
+        score.new_empty((), dtype=torch.int64),
+        torch.empty_like(score),
+    ),
+)
+register_loss("ranking_loss")

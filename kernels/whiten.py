@@ -1,18 +1,22 @@
 """Whitening to mean 0 and variance 1 (Ziegler et al. 2019; InstructGPT C.4 through its code).
 
-    mean = sum(x) / N,   var = sum((x - mean)^2) / N              population variance, so that one
-    token is enough y = (x - mean) / sqrt(var + 1e-8)   [+ mean unless shift_mean]
+    mean = sum(x) / N
+    var  = sum((x - mean)^2) / N                    (population variance: one token is enough)
+    y    = (x - mean) / sqrt(var + 1e-8)            (+ mean, unless shift_mean)
 
 Packed tokens only, so padding never enters the statistics. Advantages are whitened with
 shift_mean=True, rewards (an option, off in the paper) with shift_mean=False. Numerics: statistics
 in float64, the result in the dtype of x.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._backend import choose
+from ._backend import choose, define
+from ._loss import refuse_second_gradient
 
 EPS = 1e-8
 
@@ -46,8 +50,9 @@ def whiten(
 
     Without tokens the result is empty; of one token it is 0 (or the token). With `group` the
     statistics are those of all its processes, each of which must call, those without tokens too; x
-    must not need a gradient then. Differentiable in x otherwise. Raises ValueError on a shape that
-    is not (N,). Source: Ziegler et al. 2019.
+    must not need a gradient then, and the torch definition runs on every backend. Differentiable
+    (once) in x otherwise. Raises ValueError on a shape that is not (N,).
+    Source: Ziegler et al. 2019.
     """
     if x.dim() != 1 or not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, want floats of shape (N,)")
@@ -56,4 +61,25 @@ def whiten(
             "x: got a tensor that needs a gradient, want x.detach():"
             " statistics over a group have none"
         )
-    return whiten_reference(x, shift_mean, group)
+    if choose("whiten", x) == "reference" or group is not None:
+        return whiten_reference(x, shift_mean, group)
+    return torch.ops.engine.whiten(x.contiguous(), shift_mean)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.shift_mean = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    refuse_second_gradient("whiten")
+    (x,) = ctx.saved_tensors
+    return torch.ops.engine.whiten_backward(grad.contiguous(), x, ctx.shift_mean), None
+
+
+define("whiten(Tensor x, bool shift_mean) -> Tensor", lambda x, shift_mean: torch.empty_like(x))
+define(
+    "whiten_backward(Tensor grad, Tensor x, bool shift_mean) -> Tensor",
+    lambda grad, x, shift_mean: torch.empty_like(x),
+)
+torch.library.register_autograd("engine::whiten", _backward, setup_context=_setup_context)
