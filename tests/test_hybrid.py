@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_engines import CONTEXT, SPECIAL, save_tiny
@@ -68,7 +70,10 @@ def test_a_stop_token_of_the_call_ends_a_sequence(engine):
 
 
 def test_the_end_of_sequence_token_comes_from_the_tokenizer_and_the_generation_config(engine):
-    assert engine.eos_ids == {engine.tokenizer.convert_tokens_to_ids(SPECIAL[0])}
+    own = engine.tokenizer.convert_tokens_to_ids(SPECIAL[0])
+    assert engine.eos_ids == {own}
+    model = replace(engine.model, generation_config={"eos_token_id": [5, 6]})
+    assert HybridEngine(model, engine.tokenizer).eos_ids == {own, 5, 6}
 
 
 def test_logprobs_are_those_of_the_sampler(engine):
