@@ -1,5 +1,6 @@
 """Every stage on every family, through the front door, on tiny random models and ragged data."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -137,8 +138,6 @@ def weights(folder: Path) -> bytes:
 def test_coefficient_zero_is_plain_ppo_to_the_bit(models, data, tmp_path):
     zero = engine.train_ppo(ppo_config(*models, data, tmp_path / "zero", ptx_coef=0.0))
     plain = ppo_config(*models, data, tmp_path / "plain")
-    import dataclasses
-
     plain = dataclasses.replace(plain, ptx_dataset_name=None)
     assert weights(engine.train_ppo(plain)) == weights(zero)
 
@@ -169,8 +168,6 @@ def test_rewards_from_functions_and_models_are_added_up(models, data, tmp_path):
         engine.RewardSource(source="stages.test_stages:reward_of_length", weight=0.5),
     ]
     config = ppo_config(*models, data, tmp_path / "ppo", rewards=rewards, missing_eos_penalty=0.0)
-    import dataclasses
-
     record = [
         r
         for r in records(engine.train_ppo(dataclasses.replace(config, reward_model_path=None)))
@@ -186,10 +183,8 @@ def test_the_low_level_loop(models, data, tmp_path):
     policy = engine.HybridEngine.from_pretrained(models[0], dtype="float32", trainable=True)
     value = engine.load_scalar(models[1], dtype="float32", trainable=True)
     reference = engine.load_policy(models[0], dtype="float32")
-    from engine.data.prompts import Prompt
-
     ppo = engine.PPO(policy, value, reference, config)
-    prompts = [Prompt(tokens=tuple(policy.encode("the cat"))) for _ in range(8)]
+    prompts = ["the cat", policy.encode("a dog"), [{"role": "user", "content": "one"}], "two"] * 2
     before = {name: p.detach().clone() for name, p in policy.model.parameters().items()}
     rollouts = ppo.rollout(prompts)
     stats = ppo.step(rollouts, [float(len(c.tokens)) for c in rollouts.completions])

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.config import PPOConfig
 from engine.data.prompts import Prompt
 from engine.hybrid import HybridEngine
+from engine.hybrid import Prompt as RawPrompt
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
 from engine.run.ema import EMA
@@ -73,8 +74,9 @@ class PPO:
         )
         self.iteration = 0
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Rollouts:
-        """One answer (config.num_samples) to each prompt, by the current weights."""
+    def rollout(self, prompts: Sequence[Prompt | RawPrompt]) -> Rollouts:
+        """config.num_samples answers to each prompt (text, messages, token ids or a data set's
+        Prompt), by the current weights."""
         first = self.iteration * self.config.batch_size
         return rollout(self.policy, prompts, first, self.config.seed, self.config)
 

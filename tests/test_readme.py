@@ -1,0 +1,111 @@
+"""What the README shows is executed: its commands parse, its tree exists, its names are there."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_layout import tracked
+
+import engine
+from engine.config import STAGES
+from engine.train import parse, preset_names
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+COMMANDS = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("python -m engine.train")])
+def test_commands_of_stages_parse(line):
+    words = [w for w in shlex.split(line)[3:] if w != "..."]
+    stage = words[words.index("--stage") + 1]
+    if "--help" in words:
+        return
+    for key, value in (("--model_name_or_path", "m"), ("--output_dir", "o")):
+        words += [] if key in words else [key, value]
+    assert isinstance(parse(words)[1], STAGES[stage])
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("make")])
+def test_make_targets_exist(line):
+    target = line.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["sample", "report", "demo", "data", "ops"])
+def test_programs_that_it_names_have_help(name):
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", f"engine.{name}", "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+    for line in COMMANDS:
+        if f"-m engine.{name} " in line:
+            for flag in re.findall(r"--\w+", line):
+                assert flag in done.stdout, f"{flag} of: {line}"
+
+
+def test_every_flag_in_the_text_exists():
+    helps = " ".join(field for stage in STAGES.values() for field in stage.__dataclass_fields__)
+    own = {"config", "dry_run", "print_config", "preset", "stage", "help", "rank_with", "num_samples",
+           "output", "data_dir"}  # fmt: skip
+    for flag in set(re.findall(r"--(\w+)", TEXT)):
+        assert flag in helps.split() or flag in own, flag
+
+
+def test_presets_that_it_names_exist():
+    named = set(re.findall(r"`(?:--preset )?((?:paper|small|human)[\w.-]*)`", TEXT))
+    assert named and named <= set(preset_names())
+    assert set(preset_names()) - {"demo"} <= named
+
+
+def test_python_names_exist():
+    for name in re.findall(r"engine\.(\w+)\(", "\n".join(blocks("python"))):
+        assert hasattr(engine, name), name
+    for name in re.findall(
+        r"`(\w+)`", TEXT.split("The kernels are `engine.ops`")[1].split("`python")[0]
+    ):
+        assert hasattr(engine.ops, name), name
+
+
+def tree_paths() -> list[str]:
+    """Paths of the tree block: two spaces a level, a name, then what it is."""
+    block = next(b for b in blocks("") if b.lstrip().startswith("engine/"))
+    stack: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        if not line.strip():
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        stack[depth:] = [name]
+        paths.append("".join(stack))
+    return paths
+
+
+def test_the_tree_is_the_tree():
+    paths = tree_paths()
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing, f"the README's tree names what is not there: {missing}"
+    files = {str(p.relative_to(ROOT)) for p in tracked("engine/*.py", "kernels/*.py", "csrc/*")}
+    files = {f for f in files if not f.endswith("__init__.py") and "/demo/" not in f}
+    shown = [path for path in paths if not path.endswith("/")]
+    unseen = sorted(f for f in files if f not in shown)
+    assert not unseen, f"not in the README's tree: {unseen}"
+
+
+def test_the_demo_table_is_the_recorded_result():
+    result = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    assert f"{result['win_rate']:.2f}" in TEXT
