@@ -108,7 +108,10 @@ class RunLog:
                 self._display.metrics(step, {name: float(v) for name, v in values.items()})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], name: str = "step") -> Path:
-        """Write rows to `samples/<name>-<step>.jsonl`, whole or not at all."""
+        """Write rows to `samples/<name>-<step>.jsonl`, whole or not at all.
+
+        Numbers in them that are not finite become null.
+        """
         file_name = f"{name}-{step}.jsonl"
         if not _SAMPLE.fullmatch(file_name):
             raise EngineError(
@@ -118,7 +121,7 @@ class RunLog:
         with self._writing():
             self._opened()
             path.parent.mkdir(exist_ok=True)
-            _replace(path, "".join(_line(row) for row in rows))
+            _replace(path, "".join(_line(_finite(row)) for row in rows))
         return path
 
     def event(self, text: str) -> None:
@@ -229,6 +232,15 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             broken += 1
     return records, broken
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(record: Mapping[str, Any]) -> str:

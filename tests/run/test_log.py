@@ -147,6 +147,14 @@ def test_files_hold_no_control_characters_and_read_back_equal(tmp_path: Path) ->
     assert read_records(tmp_path / "events.jsonl")[0][0]["text"] == EVIL
 
 
+def test_samples_with_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    with RunLog(tmp_path, quiet=True) as log:
+        path = log.samples(
+            1, [{"reward": math.nan, "kl": [0.5, math.inf], "deep": {"x": -math.inf}}]
+        )
+    assert json.loads(path.read_text()) == {"reward": None, "kl": [0.5, None], "deep": {"x": None}}
+
+
 def test_printable() -> None:
     shown = printable(EVIL)
     assert shown == "a\\x1b[2J\\x9b31m\\x0db\\u202ec\\u2028d\\ud800e\\x00f\\x7fé日\n"
