@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 from engine.generate.generator import Generated, generate
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Limits
-from engine.kernels._backend import backend, kernels_usable
+from engine.kernels._backend import backend, extension, kernels_usable
 from engine.model import transformer
 from engine.model.weights import load_policy
 
@@ -57,12 +57,42 @@ def test_the_samplers_logprob_is_the_training_forwards_to_the_bit(folders, famil
     """Promise P2: decode over pages and one packed forward give the same bits."""
     if not kernels_usable():
         pytest.skip("the promise of the C++ kernels; without them see the next test")
-    model = load_policy(folders[family], dtype=dtype)
+    check_bits(load_policy(folders[family], dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_every_class_of_cpu_keeps_the_bits(folders, name, dtype):
+    module = extension()
+    classes = ["plain", "avx2", "avx512", "amx"]
+    if module is None or classes.index(name) > classes.index(module.detected_class()):
+        pytest.skip(f"this machine does not run {name}")
+    before = module.cpu_class()
+    module.set_cpu_class(name)
+    try:
+        check_bits(load_policy(folders["llama"], dtype=dtype))
+    finally:
+        module.set_cpu_class(before)
+
+
+def check_bits(model):
     settings = Sampling(20, temperature=0.8)
     results = generate(model, some_prompts(), settings, frozenset(), n=2, seed=3)
     for result, (logprob, entropy) in zip(results, scored(model, results, 0.8), strict=True):
         assert torch.equal(result.logprobs, logprob)
         assert torch.equal(result.entropies, entropy)
+
+
+def test_the_number_of_threads_changes_no_bit(llama):
+    if not kernels_usable():
+        pytest.skip("the promise of the C++ kernels")
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(generate(llama, some_prompts(), Sampling(20), frozenset(), n=2, seed=3))
+    torch.set_num_threads(before)
+    assert [g.tokens for g in results[0]] == [g.tokens for g in results[1]]
+    assert_same_numbers(*results)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
