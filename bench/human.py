@@ -1,5 +1,6 @@
-"""`python -m bench.human --data_dir DIR --model M --output_dir RUN`: the preset `human` from SFT to PPO, with and without
-the pretraining term, and what came out of it in bench/results/human-<class>.json.
+"""`python -m bench.human --data_dir DIR --model M --output_dir RUN`: the preset `human`, SFT to PPO.
+
+PPO runs with and without the pretraining term; what came out goes to bench/results/human-<class>.json.
 
 Every stage goes on where it was when the command is given again.
 """

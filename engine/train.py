@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from engine.config import STAGES, RunConfig
+from engine.config import STAGES, PPOConfig, RMConfig, RunConfig, SFTConfig
 from engine.errors import ConfigError, EngineError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -120,13 +120,16 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
     return first.stage, kind(**values), bool(found.dry_run)
 
 
-def run(stage: str, config: RunConfig) -> None:
+def run(config: RunConfig) -> None:
     """Runs one stage; the import waits until the CPU class is settled."""
     import engine
 
-    {"sft": engine.train_sft, "rm": engine.train_reward_model, "ppo": engine.train_ppo}[stage](
-        config
-    )
+    if isinstance(config, SFTConfig):
+        engine.train_sft(config)
+    elif isinstance(config, RMConfig):
+        engine.train_reward_model(config)
+    elif isinstance(config, PPOConfig):
+        engine.train_ppo(config)
 
 
 def settle_machine(config: RunConfig) -> None:
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print_plan(stage, config)
         else:
-            run(stage, config)
+            run(config)
     except Stopped as stopped:
         print(stopped)
         return EXIT_STOPPED

@@ -6,8 +6,10 @@
 
 value_t is the value of the state *before* token t; after an episode's last token the value is `bootstrap` (0: the
 episode has ended there) and the advantage is 0. Episodes of any length, none included, lie one after the other in the
-N tokens. Numerics: float32 in and out, the recursion in float32; the definition takes any floating dtype.
+N tokens. Numerics: float32 in and out, the recursion in float64 in C++; the definition runs in the dtype it is given.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +67,12 @@ def gae(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     _reward, _value, cu, _bootstrap, ctx.gamma, ctx.lam = inputs
     ctx.save_for_backward(cu)
 
 
-def _backward(ctx, grad_advantage: Tensor, grad_returns: Tensor):
+def _backward(ctx: Any, grad_advantage: Tensor, grad_returns: Tensor) -> tuple[Tensor | None, ...]:
     (cu,) = ctx.saved_tensors
     gradients = torch.ops.engine.gae_backward(
         grad_advantage.contiguous(), grad_returns.contiguous(), cu, ctx.gamma, ctx.lam
@@ -81,7 +83,10 @@ def _backward(ctx, grad_advantage: Tensor, grad_returns: Tensor):
 
 define(
     "gae(Tensor reward, Tensor value, Tensor cu, Tensor bootstrap, float gamma, float lam) -> (Tensor, Tensor)",
-    lambda reward, value, cu, bootstrap, gamma, lam: (torch.empty_like(value), torch.empty_like(value)),
+    lambda reward, value, cu, bootstrap, gamma, lam: (
+        torch.empty_like(value),
+        torch.empty_like(value),
+    ),
 )
 define(
     "gae_backward(Tensor grad_advantage, Tensor grad_returns, Tensor cu, float gamma, float lam)"

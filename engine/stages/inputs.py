@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-
 from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
-from engine.data.pack import step_rows, stream_rows
+from engine.data.pack import step_rows
 from engine.data.prompts import Prompt, load_prompts
 from engine.data.rankings import RankedGroup, load_rankings
 from engine.data.rows import Dataset, DataSource
@@ -139,15 +138,23 @@ def load_text(
     config: SFTConfig | PPOConfig, tokenizer: Any
 ) -> tuple[PretrainRows | None, list[list[int]], tuple[str, ...]]:
     """Pretraining rows, held-out rows, and lines about both."""
+
+    def load(path: str, seed: int) -> PretrainRows:
+        return load_pretrain(
+            [DataSource(located(config, path))],
+            tokenizer,
+            config.ptx_length,
+            seed,
+            config.bad_rows,
+            config.parse_special_tokens,
+        )
+
     ptx, held, lines = None, [], []
-    options = {"bad_rows": config.bad_rows, "parse_special_tokens": config.parse_special_tokens}
     if config.ptx_dataset_name is not None:
-        sources = [DataSource(located(config, config.ptx_dataset_name))]
-        ptx = load_pretrain(sources, tokenizer, config.ptx_length, config.seed, **options)
+        ptx = load(config.ptx_dataset_name, config.seed)
         lines += ["pretraining text:", *ptx.lines()]
     if config.eval_ptx_dataset_name is not None:
-        sources = [DataSource(located(config, config.eval_ptx_dataset_name))]
-        rows = load_pretrain(sources, tokenizer, config.ptx_length, 0, **options)
+        rows = load(config.eval_ptx_dataset_name, 0)
         chosen = generator(0, "held-out text").permutation(len(rows))[:EVAL_PTX_ROWS]
         held = [rows[int(i)] for i in sorted(chosen)]
         lines += ["held-out text:", *rows.lines(), f"  scored: {len(held)} rows"]

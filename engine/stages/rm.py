@@ -132,7 +132,8 @@ TRAIN_METRICS = (
 def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,)
     """One score an answer: each prompt goes through the network once, each answer once."""
     batch = pack_groups([(g.prompt, g.responses) for g in groups])
-    segments, at = [], 0
+    segments: list[int] = []
+    at = 0
     for group in groups:
         segments += range(at + 1, at + 1 + len(group.responses))
         at += 1 + len(group.responses)
@@ -150,4 +151,4 @@ def answer_offsets(groups: Sequence[RankedGroup]) -> Tensor:  # (groups + 1,) in
 
 
 def split(scores: Tensor, groups: Sequence[RankedGroup]) -> list[Tensor]:
-    return list(scores.split([len(g.responses) for g in groups]))
+    return list(torch.split(scores, [len(g.responses) for g in groups]))

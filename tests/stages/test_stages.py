@@ -251,10 +251,10 @@ def test_the_best_checkpoint_by_reward_is_marked_and_exported(models, data, tmp_
 def test_demonstrations_score_zero_after_training(models, data):
     config = json.loads((models[1] / "config.json").read_text())
     assert config["engine_score_constant"] != 0.0
+    from engine.data.rankings import RankedGroup
     from engine.data.text import DataSource, load_sft
     from engine.hybrid import HybridEngine
     from engine.stages.rm import group_scores
-    from engine.data.rankings import RankedGroup
 
     tokenizer = HybridEngine.from_pretrained(models[0], dtype="float32").tokenizer
     model = engine.load_scalar(models[1], dtype="float32")

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "red blue big small cat dog tree house runs sees likes finds the a one two".split()
+WORDS = ["red", "big", "cat", "dog", "tree", "house", "runs", "sees", "finds", "the", "a", "two"]
 
 
 def words(rng: random.Random, low: int, high: int) -> str:

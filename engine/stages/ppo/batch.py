@@ -1,6 +1,7 @@
 """The values that flow through one PPO iteration, in order: Rollouts, Scores, Rewards, Advantages.
 
-    prompts -> rollout -> Rollouts -> score -> Scores -> rewards -> Rewards -> advantages -> Advantages -> update -> stats
+    prompts -> rollout -> Rollouts -> score -> Scores -> rewards -> Rewards
+            -> advantages -> Advantages -> update -> stats
 
 Letters: E episodes of one iteration, N answer tokens of all of them, packed in episode order with offsets cu (E+1,).
 Every field exists when its dataclass does; nothing is filled in later.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from engine.config import PPOConfig
 from engine.data.prompts import Prompt
 from engine.run.streams import generator
 from engine.stages.ppo.batch import Rollouts

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from engine.config import PPOConfig
-from engine.data.pack import step_rows
 from engine.errors import EngineError
 from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine

@@ -103,16 +103,17 @@ def total_reward(
     Raises:
         EngineError: an episode to which no term applies has no reward to learn from.
     """
-    total, applies, terms = torch.zeros(rollouts.num_episodes), 0, {}
+    total, terms = torch.zeros(rollouts.num_episodes), {}
+    applies = torch.zeros(rollouts.num_episodes, dtype=torch.bool)
     for reward in rewards:
         if reward.model is not None:
             value = model_scores(reward.model, rollouts, budget)
         else:
             value = call_function(reward, rollouts)
         terms[reward.name] = value
-        applies = applies + ~value.isnan()
+        applies |= ~value.isnan()
         total = total + reward.weight * value.nan_to_num(nan=0.0)
-    if bool((torch.as_tensor(applies) == 0).any()):
+    if not bool(applies.all()):
         raise EngineError(
             "rewards: every reward function returned None for an episode; add a reward that applies"
             " to all prompts, or leave such prompts out of the data"
