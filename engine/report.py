@@ -24,6 +24,12 @@ ABOUT = {
     "Sampler against trainer": "How far the sampler's log-probs are from the trainer's.",
     "Learning rate and gradients": "Norms are those before clipping.",
 }
+# Only buttons that work without a network.
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+}
 FILE = "report.html"
 MAX_TIME_CURVES = 4
 
@@ -52,6 +58,7 @@ def render(runs: list[Run]) -> str:
             content += drawn.html(figures.lengths(runs))
         sections.append((title, ABOUT.get(title, ""), content))
     sections += [
+        ("Accuracy by part", _PARTS, drawn.html(figures.accuracy_by_part(runs))),
         ("Calibration", _CALIBRATION, drawn.html(figures.calibration(runs))),
         ("Reward against length", _SCATTER, drawn.html(figures.reward_against_length(runs))),
         ("Answers before and after", "", "".join(html.answers(run) for run in runs)),
@@ -78,6 +85,7 @@ _CALIBRATION = (
     "Pairs by the probability that the reward model gave to the answer it preferred, against how "
     "often people preferred it too. On the dotted line the model is as sure as it should be."
 )
+_PARTS = "Validation pairs in the right order, with two standard errors; guessing reaches 0.5."
 _SCATTER = "One point a recorded answer. A slope that grows over training is a bias to length."
 _DIFFER = "Marked rows differ between the runs."
 
@@ -98,7 +106,7 @@ class _Drawn:
                 include_plotlyjs=False,  # once for the whole page, in its head
                 full_html=False,
                 div_id=f"figure-{self.count}",
-                config={"displaylogo": False, "responsive": True},
+                config=CONFIG,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from engine.run.console import printable
 
 COLUMNS = 3
 PANEL_HEIGHT = 205
-MAX_POINTS = 600  # more are averaged in bins: a screen has no more columns
-SMOOTH_FROM = 40  # curves of so many points get a smoothed line on top
+MAX_POINTS = 600  # more are averaged in bins: a panel has no more columns
+SMOOTH_FROM = 40  # noisy curves of so many points get a smoothed line on top
 INK, GRID, MUTED = "#22303c", "#e8ecf0", "#66727f"
 PHASE_COLORS = ("#2f6fb7", "#d0622b", "#2e8b6d", "#8659ad", "#b08a1e", "#c2476f", "#9aa5b1")
 TOTALS = ("timing/iteration", "timing/step")
@@ -86,13 +87,14 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> Figure:
                 for trace in _lines(run, run.series[name]):
                     figure.add_trace(trace, **place)
     figure.update_annotations(font={"size": 12, "color": INK})
-    return styled(figure, PANEL_HEIGHT * rows + 30, hovermode="x")
+    figure = styled(figure, PANEL_HEIGHT * rows + 30, hovermode="x")
+    return figure.update_layout(margin={"b": 26})
 
 
 def _lines(run: Run, series: Series) -> list[Figure]:
     steps, values = thinned(series.steps.astype(np.float64), series.values)
     hover = f"%{{y:.4g}}<extra>{label(run.name)}</extra>"
-    smooth = len(values) >= SMOOTH_FROM
+    smooth = is_noisy(values)
     raw = go.Scatter(
         x=steps,
         y=values,
@@ -126,13 +128,19 @@ def thinned(
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exponential average over about a twentieth of the curve, corrected for its start."""
-    decay = 1 - 1 / max(2.0, len(values) / 20)
-    out, total, weight = np.empty_like(values), 0.0, 0.0
-    for i, value in enumerate(values):
-        total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
-        out[i] = total / weight
-    return out
+    """Centred average over about a tenth of the curve, weights falling off linearly: no lag."""
+    reach = max(1, len(values) // 20)
+    window = np.concatenate([np.arange(1, reach + 1), np.arange(reach - 1, 0, -1)]).astype(float)
+    total = np.convolve(values, window, mode="same")
+    smooth: NDArray[np.float64] = total / np.convolve(np.ones_like(values), window, mode="same")
+    return smooth
+
+
+def is_noisy(values: NDArray[np.float64]) -> bool:
+    """Whether a smoothed line would add something: a schedule, for one, is smooth already."""
+    if len(values) < SMOOTH_FROM:
+        return False
+    return bool(np.std(values - smoothed(values)) > 0.02 * np.ptp(values))
 
 
 def lengths(runs: Sequence[Run]) -> Figure | None:
@@ -179,16 +187,16 @@ def phases(run: Run) -> dict[str, Series]:
     total = next((found.pop(n) for n in TOTALS if n in found), None)
     if total is None:
         return {name.removeprefix("timing/"): s for name, s in found.items()}
-    rest = total.values.copy()
-    parts: dict[str, Series] = {}
-    for name, series in found.items():
-        parts[name.removeprefix("timing/")] = series
-        if np.array_equal(series.steps, total.steps):  # inside the step, unlike an evaluation
-            rest = rest - series.values
-    title = "other" if any(len(s.steps) == len(total.steps) for s in parts.values()) else "step"
+    # Those of every step lie inside it; an evaluation does not, and comes last.
+    inside = {n: s for n, s in found.items() if np.array_equal(s.steps, total.steps)}
+    rest = total.values - sum(series.values for series in inside.values())
+    parts = dict(inside)
     if rest.sum() > 0.005 * total.values.sum():
-        parts[title] = Series(total.steps, np.maximum(rest, 0.0), total.times)
-    return parts
+        parts["other" if inside else "step"] = Series(
+            total.steps, np.maximum(rest, 0.0), total.times
+        )
+    parts |= {name: series for name, series in found.items() if name not in inside}
+    return {name.removeprefix("timing/"): series for name, series in parts.items()}
 
 
 def time_totals(runs: Sequence[Run]) -> Figure | None:
@@ -298,7 +306,7 @@ def calibration(runs: Sequence[Run]) -> Figure | None:
     lowest = min(0.5, *(float(min(*t.x, *t.y)) for t in figure.data)) - 0.03
     figure.update_xaxes(title="predicted probability", range=[lowest, 1.03])
     figure.update_yaxes(title="share that agreed", range=[lowest, 1.03])
-    return styled(figure, 420, legend=True)
+    return styled(figure, 460, legend=True).update_layout(width=620)
 
 
 def _calibration_trace(run: Run, split: str, stems: Sequence[str]) -> Figure:
@@ -315,6 +323,34 @@ def _calibration_trace(run: Run, split: str, stems: Sequence[str]) -> Figure:
         customdata=pairs,
         hovertemplate="predicted %{x:.3f}, observed %{y:.3f}, %{customdata:,.0f} pairs",
     )
+
+
+def accuracy_by_part(runs: Sequence[Run]) -> Figure | None:
+    """Reward models: validation accuracy in all and by K and source, with two standard errors."""
+    pattern = re.compile(r"eval/(?:by_(k|source)/(.+)/)?accuracy")
+    figure = go.Figure()
+    for run in runs:
+        found = {name: match for name in run.series if (match := pattern.fullmatch(name))}
+        if len(found) < 2:
+            continue
+        errors = [run.series.get(f"{name}_stderr") for name in found]
+        part = {"k": "K = {}", "source": "{}"}
+        figure.add_trace(
+            go.Bar(
+                x=[label(part[m[1]].format(m[2])) if m[1] else "all" for m in found.values()],
+                y=[float(run.series[name].values[-1]) for name in found],
+                error_y={"array": [2 * float(e.values[-1]) if e else 0.0 for e in errors]},
+                marker={"color": _rgba(run.color, 0.75)},
+                name=label(run.name),
+                hovertemplate="%{x}: %{y:.3f} ± %{error_y.array:.3f}",
+            )
+        )
+    if not figure.data:
+        return None
+    line = {"color": MUTED, "width": 1, "dash": "dot"}
+    figure.add_hline(y=0.5, line=line)
+    figure.update_yaxes(range=[0, 1])
+    return styled(figure, 300, legend=len(runs) > 1)
 
 
 def label(text: str) -> str:
@@ -342,13 +378,15 @@ def styled(figure: Figure, height: int, legend: bool = False, hovermode: str = "
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12, "color": INK},
         showlegend=legend,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         hovermode=hovermode,
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#c3cad1", "activecolor": INK},
         hoverlabel={"bgcolor": "white", "bordercolor": GRID, "align": "left"},
     )
     axis = {
         "gridcolor": GRID,
         "zeroline": False,
+        "exponentformat": "e",
         "linecolor": GRID,
         "tickfont": {"size": 10.5, "color": MUTED},
         "title": {"font": {"size": 11.5, "color": MUTED}},

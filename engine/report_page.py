@@ -37,14 +37,18 @@ body { margin:0; background:var(--back); color:var(--ink); line-height:1.5;
 main { max-width:1220px; margin:0 auto; padding:28px 24px 80px }
 h1 { font-size:26px; margin:0 0 4px; letter-spacing:-.01em }
 h2 { font-size:18px; margin:0 0 4px; letter-spacing:-.005em }
-p.about { margin:0 0 10px; color:var(--muted); font-size:13.5px; max-width:88ch }
+p.about { margin:0 0 10px; max-width:100ch }
+.about { color:var(--muted); font-size:13.5px }
 nav { position:sticky; top:0; z-index:5; background:rgba(245,247,249,.94); padding:9px 0;
-  margin:14px 0 6px; border-bottom:1px solid var(--line); font-size:13px }
-nav a { color:var(--muted); text-decoration:none; margin-right:16px; white-space:nowrap }
+  margin:14px 0 6px; border-bottom:1px solid var(--line); font-size:13px;
+  display:flex; flex-wrap:wrap; gap:2px 16px }
+nav a { color:var(--muted); text-decoration:none; white-space:nowrap }
+nav .runs { flex-basis:100%; color:var(--ink) }
 nav a:hover { color:var(--ink); text-decoration:underline }
 section { background:var(--paper); border:1px solid var(--line); border-radius:10px;
   padding:18px 20px; margin:16px 0; scroll-margin-top:52px }
 .chip { display:inline-block; width:11px; height:11px; border-radius:3px; margin-right:7px }
+.run + .run { margin-top:22px }
 .stage { font-size:12px; border:1px solid var(--line); border-radius:20px; padding:1px 9px;
   margin-left:8px; color:var(--muted); text-transform:uppercase; letter-spacing:.04em }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(168px,1fr)); gap:10px;
@@ -108,10 +112,15 @@ def page(title: str, script: str, sections: Sequence[tuple[str, str, str]], runs
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE}</style>"
         f"<script>{script}</script></head><body><main>"
-        f"<h1>{text(title)}</h1><p class='about'>{legend(runs)}</p><nav>{links}</nav>{body}"
+        f"<h1>{text(title)}</h1><nav>{legend(runs)}{links}</nav>{body}"
         f"<footer>Made by engine.report on {made}. This file is complete: it loads nothing."
         "</footer></main></body></html>\n"
     )
+
+
+def breakable(name: str) -> str:
+    """A metric's name that may be broken after a slash or an underscore."""
+    return text(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def chip(run: Run) -> str:
@@ -119,7 +128,9 @@ def chip(run: Run) -> str:
 
 
 def legend(runs: Sequence[Run]) -> str:
-    return " &nbsp; ".join(f"{chip(run)}{text(run.name)}" for run in runs)
+    """The runs' colours, which stay in sight; one run needs none."""
+    names = " &nbsp; ".join(f"{chip(run)}{text(run.name)}" for run in runs)
+    return f'<span class="runs">{names}</span>' if len(runs) > 1 else ""
 
 
 def duration(seconds: float) -> str:
@@ -140,14 +151,14 @@ def overview(runs: Sequence[Run]) -> str:
             first, last = run.series[name].ends()
             single = len(run.series[name].values) == 1
             cards.append(
-                f'<div class="card"><div class="name">{text(name)}</div>'
+                f'<div class="card"><div class="name">{breakable(name)}</div>'
                 f'<div class="value">{number(last)}</div><div class="from">'
                 + ("one value" if single else f"from {number(first)}")
                 + "</div></div>"
             )
         notes = "".join(f'<span class="note">{text(note)}</span>' for note in run.notes)
         out.append(
-            f'<div>{chip(run)}<b>{text(run.name)}</b><span class="stage">{text(run.stage)}</span>'
+            f'<div class="run">{chip(run)}<b>{text(run.name)}</b><span class="stage">{text(run.stage)}</span>'
             f'<span class="about" style="margin-left:10px">{run.last_step:,} steps, '
             f'{duration(run.seconds)}</span><div class="cards">{"".join(cards)}</div>{notes}</div>'
         )
@@ -170,7 +181,7 @@ def values(runs: Sequence[Run]) -> str:
                 )
     head = "".join(f'<th class="n">{h}</th>' for h in ("first", "last", "min", "max", "points"))
     return _folded(
-        f"{len(rows)} rows", f"<table><tr><th>metric</th><th>run</th>{head}</tr>{''.join(rows)}"
+        f"rows: {len(rows)}", f"<table><tr><th>metric</th><th>run</th>{head}</tr>{''.join(rows)}"
     )
 
 
@@ -188,7 +199,7 @@ def settings(runs: Sequence[Run], of: Callable[[Run], dict[str, str]], folded: b
     head = "".join(f"<th>{chip(run)}{text(run.name)}</th>" for run in runs)
     table = f"<table><tr><th></th>{head}</tr>{''.join(rows[True] + rows[False])}"
     return (
-        _folded(f"{len(keys)} keys", table)
+        _folded(f"keys: {len(keys)}", table)
         if folded
         else f'<div class="scroll">{table}</table></div>'
     )
@@ -203,7 +214,7 @@ def journal(runs: Sequence[Run]) -> str:
                 at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
                 said = f"<td>{chip(run)}{text(event['text'])}</td>"
                 rows.append(f'<tr><td class="n">{at}</td>{said}</tr>')
-    return _folded(f"{len(rows)} entries", f"<table>{''.join(rows)}") if rows else ""
+    return _folded(f"{len(rows)} lines", f"<table>{''.join(rows)}") if rows else ""
 
 
 def _folded(summary: str, table: str) -> str:

@@ -16,7 +16,16 @@ import yaml
 from engine import report
 from engine.errors import EngineError
 from engine.report import main, write_report
-from engine.report_figures import MAX_POINTS, group_of, groups, phases, smoothed, thinned
+from engine.report_figures import (
+    MAX_POINTS,
+    accuracy_by_part,
+    group_of,
+    groups,
+    is_noisy,
+    phases,
+    smoothed,
+    thinned,
+)
 from engine.report_page import duration
 from engine.report_run import COLORS, read_run, read_runs
 from engine.run.log import RunLog
@@ -99,7 +108,15 @@ def _rm(folder: Path) -> Path:
             bins[f"eval/calibration/{b}/predicted"] = 0.55 + b / 10
             bins[f"eval/calibration/{b}/observed"] = 0.52 + b / 11
             bins[f"eval/calibration/{b}/num_pairs"] = 40 - 5 * b
-        log.metrics(19, {"eval/accuracy": 0.66, "eval/log_loss": 0.6, **bins})
+        for name, share in (
+            ("", 0.66),
+            ("by_k/2/", 0.6),
+            ("by_k/9/", 0.7),
+            ("by_source/a<b/", 0.5),
+        ):
+            bins[f"eval/{name}accuracy"] = share
+            bins[f"eval/{name}accuracy_stderr"] = 0.02
+        log.metrics(19, {"eval/log_loss": 0.6, **bins})
     (folder / "versions.json").write_text(json.dumps({"stage": "rm"}))
     return folder
 
@@ -142,7 +159,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "img", "link"):
+        if tag not in ("meta", "br", "img", "link", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -251,8 +268,14 @@ def test_stage_sft_and_rm(tmp_path: Path) -> None:
     for folder in (_sft(tmp_path / "sft"), _rm(tmp_path / "rm")):
         text = Tags(write_report([folder]).read_text()).text
         assert "Loss and accuracy" in text and "All values" in text
-        assert ("Calibration" in text) == (folder.name == "rm")
+        assert ("Calibration" in text) == ("Accuracy by part" in text) == (folder.name == "rm")
         assert "Answers before and after" not in text and "Configuration" not in text
+
+
+def test_accuracy_by_part(tmp_path: Path) -> None:
+    (bars,) = accuracy_by_part(read_runs([_rm(tmp_path)])).data
+    assert list(bars.x) == ["all", "K = 2", "K = 9", "a&lt;b"]
+    assert list(bars.y) == [0.66, 0.6, 0.7, 0.5] and set(bars.error_y.array) == {0.04}
 
 
 def test_groups_leave_out_constants_and_counters(ppo_folder: Path) -> None:
@@ -269,7 +292,7 @@ def test_groups_leave_out_constants_and_counters(ppo_folder: Path) -> None:
 def test_phases_add_up_to_the_step(ppo_folder: Path) -> None:
     run = read_run(ppo_folder, "x", COLORS[0])
     parts = phases(run)
-    assert parts.keys() == {"evaluate", "rollout", "score", "update", "other"}
+    assert list(parts) == ["rollout", "score", "update", "other", "evaluate"]
     inside = sum(parts[n].values.sum() for n in ("rollout", "score", "update", "other"))
     assert inside == pytest.approx(run.series["timing/iteration"].values.sum(), rel=1e-9)
     assert parts["other"].values == pytest.approx(np.ones(60), rel=1e-6)
@@ -283,8 +306,10 @@ def test_thinning_and_smoothing_keep_the_mean() -> None:
     assert thin.mean() == pytest.approx(values.mean(), abs=2e-3)
     assert thinned(np.arange(3.0), values[:3])[1].tolist() == values[:3].tolist()
     assert smoothed(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
-    line = smoothed(values)
-    assert line[0] == values[0] and np.std(line[500:]) < 0.2
+    assert np.std(smoothed(values)) < 0.2
+    ramp = np.linspace(0.0, 1.0, 200)
+    assert smoothed(ramp)[20:-20] == pytest.approx(ramp[20:-20])  # no lag
+    assert is_noisy(values) and not is_noisy(ramp) and not is_noisy(values[:10])
 
 
 def test_a_folder_without_metrics_is_refused_with_reasons(
