@@ -1,0 +1,77 @@
+"""rmsnorm against the float64 definition, and its rows on their own."""
+
+import pytest
+import torch
+from gradients import DTYPES, check_against_float64, equal, result_and_gradients
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.kernels.rmsnorm import rmsnorm, rmsnorm_reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 19), (5, 37), (70, 96)])
+def test_against_float64(cpu_class, dtype, out_dtype, shape):
+    x, weight = torch.randn(shape, dtype=dtype) * 3, torch.randn(shape[1])
+    grad = torch.randn(shape).to(out_dtype)
+
+    def wide_or(x, w):  # the truth stays in float64
+        return rmsnorm_reference(x, w, 1e-5, None if x.dtype == torch.float64 else out_dtype)
+
+    ours = result_and_gradients(lambda x, w: rmsnorm(x, w, 1e-5, out_dtype), (x, weight), grad)
+    assert ours[0].dtype == out_dtype and ours[1].dtype == dtype and ours[2].dtype == torch.float32
+    check_against_float64(
+        lambda x, w: rmsnorm(x, w, 1e-5, out_dtype), wide_or, (x, weight), grad, units=8
+    )
+
+
+@given(rows=st.integers(0, 5), width=st.integers(8, 70), seed=st.integers(0, 99))
+def test_any_width(rows, width, seed):
+    # Below a width of 8 the gradient of x is the difference of equal numbers, and no bound on it holds.
+    torch.manual_seed(seed)
+    x, weight, grad = torch.randn(rows, width), torch.randn(width), torch.randn(rows, width)
+    check_against_float64(rmsnorm, rmsnorm_reference, (x, weight), grad, units=8)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e15])
+def test_sizes_of_rows(cpu_class, scale):
+    x = torch.randn(3, 40) * scale
+    check_against_float64(rmsnorm, rmsnorm_reference, (x, torch.randn(40)), torch.randn(3, 40), 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_independent_and_threads_change_nothing(cpu_class, dtype):
+    x, weight, grad = (
+        torch.randn(3001, 90).to(dtype),
+        torch.randn(90),
+        torch.randn(3001, 90).to(dtype),
+    )
+    whole = result_and_gradients(rmsnorm, (x, weight), grad)
+    part = result_and_gradients(rmsnorm, (x[1700:1800], weight), grad[1700:1800])
+    assert equal([a[1700:1800] for a in whole[:2]], part[:2])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - min(before, 2))
+    other = result_and_gradients(rmsnorm, (x, weight), grad)
+    torch.set_num_threads(before)
+    assert equal(whole, other)
+
+
+def test_gradcheck_of_the_definition():
+    x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (5,)))
+    assert torch.autograd.gradcheck(rmsnorm, (x, weight))
+
+
+def test_opcheck():
+    x, weight, grad = torch.randn(4, 9), torch.randn(9), torch.randn(4, 9)
+    arguments = (x, weight, 1e-6, torch.bfloat16)
+    torch.library.opcheck(torch.ops.engine.rmsnorm.default, arguments)
+    rstd = torch.rand(4)
+    torch.library.opcheck(torch.ops.engine.rmsnorm_backward.default, (grad, x, weight, rstd))
+
+
+def test_inputs_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"weight: got shape \(4,\), want \(5,\)"):
+        rmsnorm(torch.zeros(2, 5), torch.zeros(4))
+    with pytest.raises(ValueError, match="weight: got dtype torch.bfloat16, want torch.float32"):
+        rmsnorm(torch.zeros(2, 5, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16))
