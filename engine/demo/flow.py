@@ -19,6 +19,7 @@ from typing import Any
 import engine
 from engine.demo import closing, compare, model
 from engine.demo.plan import Plan
+from engine.errors import EngineError
 from engine.run.log import read_records
 from engine.sample import sample
 
@@ -177,4 +178,10 @@ def metrics(folder: Path) -> list[Facts]:
 
 def last(records: list[Facts], name: str) -> float:
     """The newest value of a metric."""
-    return float(next(r[name] for r in reversed(records) if name in r))
+    for record in reversed(records):
+        if name in record:
+            return float(record[name])
+    raise EngineError(
+        f"demo: the stage logged no {name}: its data define none (an accuracy needs pairs that are "
+        "not ties, its error two prompts with such pairs). Give it more rows or samples"
+    )
