@@ -1,11 +1,15 @@
 """Scalar models: the same score in transformers up to the constant, both ways, each family."""
 
+import functools
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, save, some_sequences
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.data.pack import last_rows, pack_sequences
@@ -42,12 +46,49 @@ def answers():
     return [[*s[:-1], EOS] if i % 2 else s for i, s in enumerate(sequences)]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A folder, and what transformers makes of it: computed once, compared on every class."""
+
+    folder: Path
+    sequences: list[list[int]]
+    float32: Tensor  # (S,) scores
+    bfloat16: Tensor  # (S,) of weights and arithmetic in bfloat16
+    truth: Tensor  # (S,) of the rounded trunk and the exact head in float64
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    torch.manual_seed(5)
+    root = tmp_path_factory.mktemp("scalars")
+
+    @functools.cache
+    def make(family: str) -> Case:
+        folder, sequences = root / family, answers() + answers() + answers()
+        exact = save(family, folder, scalar=True, pad_token_id=PAD)
+        plain = their_scores(exact, sequences)
+        rounded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16)
+        head = exact.score.weight.detach().double()  # ours stays float32
+        exact.load_state_dict(rounded.state_dict())
+        exact.double().score.weight.data.copy_(head)
+        truth = their_scores(exact, sequences)
+        return Case(folder, sequences, plain, their_scores(rounded, sequences), truth)
+
+    return make
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_scalar_model_of_transformers_scores_the_same_here(family, tmp_path, cpu_class):
-    theirs = save(family, tmp_path, scalar=True, pad_token_id=PAD)
-    sequences = answers()
-    ours = our_scores(load_scalar(tmp_path, "float32"), sequences)
-    torch.testing.assert_close(ours, their_scores(theirs, sequences), atol=1e-4, rtol=0)
+def test_a_scalar_model_of_transformers_scores_the_same_here(cases, family, cpu_class):
+    case = cases(family)
+    ours = our_scores(load_scalar(case.folder, "float32"), case.sequences)
+    torch.testing.assert_close(ours, case.float32, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_scores_follow_the_tolerance_rule(cases, family, cpu_class):
+    case = cases(family)
+    ours = our_scores(load_scalar(case.folder, "bfloat16"), case.sequences)
+    assert_close(ours, case.bfloat16, case.truth, family)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -72,19 +113,6 @@ def test_our_scalar_model_scores_the_same_in_transformers(family, trainable, tmp
     again = load_scalar(tmp_path / "scalar", "float32")
     assert again.constant == -1.25
     assert torch.equal(our_scores(again, sequences), ours)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_scores_follow_the_tolerance_rule(family, tmp_path, cpu_class):
-    save(family, tmp_path, scalar=True, pad_token_id=PAD)
-    rounded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    exact = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    head = exact.score.weight.detach().clone()  # ours stays float32
-    exact.load_state_dict(rounded.state_dict())
-    exact.double().score.weight.data.copy_(head)
-    sequences = answers() + answers() + answers()
-    ours = our_scores(load_scalar(tmp_path, "bfloat16"), sequences)
-    assert_close(ours, their_scores(rounded, sequences), their_scores(exact, sequences), family)
 
 
 def test_the_head_stays_float32_in_memory_and_in_the_file(tmp_path):

@@ -10,6 +10,9 @@ from engine.kernels._backend import kernels_usable
 from engine.model.transformer import Dropout, forward, hidden_states, logits, logprobs
 from engine.model.weights import load_policy
 
+# every kind of attention, of norm and of residual, for what is run on every class of CPU
+KINDS = ("gpt2", "gpt_neox", "llama-one-key-head-linear", "qwen3-biased")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -26,7 +29,7 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KINDS)
 def test_a_token_does_not_see_the_batch_it_is_in(folders, case, dtype, cpu_class):
     model = load_policy(folders / case, dtype)
     sequences = some_sequences(13, 1, 0, 30, 2)
@@ -37,7 +40,7 @@ def test_a_token_does_not_see_the_batch_it_is_in(folders, case, dtype, cpu_class
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KINDS)
 def test_answers_that_share_a_prompt_are_whole_sequences(folders, case, dtype, cpu_class):
     model = load_policy(folders / case, dtype)
     prompts, answers = some_sequences(19, 1), [some_sequences(7, 0, 1, 20), some_sequences(4)]
@@ -144,6 +147,21 @@ class TestDropout:
         )
         assert torch.equal(once, again)
         assert not torch.allclose(once, plain) and not torch.allclose(once, other)
+
+    @pytest.mark.parametrize("case", ["gpt_neox", "llama"])
+    def test_every_sublayer_is_dropped_under_its_own_address(self, folders, case):
+        """Dropping all of them leaves the embedding alone."""
+        model, seen = load_policy(folders / case, "float32"), []
+
+        def drop_all(x, layer, sublayer):
+            seen.append((layer, sublayer))
+            return 0 * x
+
+        tokens = some_sequences(5)
+        left = forward(model, pack_sequences(tokens), drop_all)
+        assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        alone = [forward(model, pack_sequences([[token]]), drop_all)[0] for token in tokens[0]]
+        assert torch.equal(left, torch.stack(alone))
 
     def test_refuses_a_share_of_one(self):
         with pytest.raises(ModelError, match="p = 1.0, want 0 <= p < 1"):
