@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     unpack = commands.add_parser("model", help="write the pretrained model as a folder")
     unpack.add_argument("--output", type=Path, default=MODEL, help=f"default {MODEL}")
     run = commands.add_parser("run", help="the whole flow; goes on where it was stopped")
-    run.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
+    run.add_argument("--output_dir", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     run.add_argument("--model", type=Path, default=MODEL, help=f"default {MODEL}")
     run.add_argument("--results", type=Path, help="copy demo.json to this file")
     run.add_argument("--seed", type=int, default=0)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     require("gguf", "accelerate", "vaderSentiment")
     console = Console()
     plan = Plan(
-        output=args.output,
+        output=args.output_dir,
         model=args.model,
         seed=args.seed,
         dtype=args.dtype,
@@ -82,16 +82,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = flow.run(plan, tell=lambda line: console.print(f"demo: {line}", markup=False))
     except (Stopped, KeyboardInterrupt):
-        console.print(
-            f"stopped; go on with: python -m engine.demo run --output {args.output}"
-            f" --model {args.model} --seed {args.seed} --dtype {args.dtype}",
-            soft_wrap=True,
-        )
+        console.print("stopped; the same command goes on where this one was")
         return EXIT_STOPPED
     closing.show(plan, found, console)
     if args.results:
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(args.output / "demo.json", args.results)
+        shutil.copyfile(args.output_dir / "demo.json", args.results)
     return 0
 
 

@@ -136,5 +136,5 @@ class Plan:
             first = changed[0]
             raise ConfigError(
                 f"{self.output} holds a demo run with other settings ({', '.join(changed)}; {first} was "
-                f"{then.get(first)!r}, is {now.get(first)!r}). Give another --output, or delete it"
+                f"{then.get(first)!r}, is {now.get(first)!r}). Give another --output_dir, or delete it"
             )
