@@ -28,7 +28,7 @@ from engine.report_figures import (
 )
 from engine.report_page import duration
 from engine.report_run import COLORS, read_run, read_runs
-from engine.run.log import RunLog
+from engine.run.log import RunLog, read_records
 
 EVIL = "<script>alert(1)</script> & <img src=x onerror=alert(2)> \x1b[31m\u202e 日本"
 PROMPTS = [f"Review {i}: the film was" for i in range(5)]
@@ -223,7 +223,11 @@ def test_answers_are_paired_by_prompt_and_coloured_by_kl(ppo_folder: Path, page:
     for prompt, block in zip(PROMPTS, blocks, strict=True):
         shown = html.unescape(re.sub(r"<[^>]+>", "", block))
         assert prompt in shown and "before · step 0" in shown and "after · step 60" in shown
-    rows = [json.loads(x) for x in (ppo_folder / "samples/before-0.jsonl").read_text().splitlines()]
+    after, _ = read_records(ppo_folder / "samples/after-60.jsonl")
+    for row in after:
+        block = blocks[PROMPTS.index(row["prompt"])]
+        assert f"reward <b>{row['reward']:.4g}</b>" in block.split("after")[1]
+    rows, _ = read_records(ppo_folder / "samples/before-0.jsonl")
     first = rows[0]
     for token, kl in zip(first["tokens"], first["kl"], strict=True):
         color = "217,95,2" if kl > 0 else "47,111,183"
