@@ -1,17 +1,23 @@
-"""Log-probability of one token a row, and the entropy of the row's distribution, from hidden states.
+"""Log-probability of one token a row, and the entropy of the row's distribution.
 
     z = (hidden W^T + bias) / temperature,  p = softmax(z)
-    logprob_n = z_{n, target_n} - log sum_j exp(z_nj),  entropy_n = -sum_j p_nj log p_nj   (p = 0 adds 0)
+    logprob_n = z_{n, target_n} - log sum_j exp(z_nj)
+    entropy_n = -sum_j p_nj log p_nj   (p = 0 adds 0)
 
-N rows, H hidden, V vocabulary. The N x V logits never exist: the vocabulary is walked in blocks whose (max, sum,
-weighted sum) are merged in order, forward and backward. Arithmetic is float32 from the accumulators on; the result of
-a row does not depend on the other rows.
+N rows, H hidden, V vocabulary. The N x V logits never exist: the vocabulary is walked in blocks
+whose (max, sum, weighted sum) are merged in order; the backward pass makes the logits again, slab
+by slab. Memory: O(N H + V H) and the scratch of one slab. Arithmetic is float32 from the sums of
+products on; a row's result does not depend on the other rows. Formulas: InstructGPT's C.4 needs the
+log-probabilities for its KL term and the ratio; the gradients are those of log-softmax.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .linear import PackedWeight
+from ._backend import choose, define
+from .linear import PackedWeight, packed_data
 
 
 def _dense(weight: Tensor | PackedWeight, master: Tensor | None) -> Tensor:  # (V, H)
@@ -67,7 +73,7 @@ def check_head(
     if bias is not None and bias.shape != dense.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, want ({dense.shape[0]},)")
     if master is not None and isinstance(weight, Tensor):
-        raise ValueError("master: got one beside a plain weight, want it beside a PackedWeight only")
+        raise ValueError("master: got one beside a plain weight, want it beside a PackedWeight")
     if master is not None and master.shape != dense.shape:
         raise ValueError(f"master: got shape {tuple(master.shape)}, want {tuple(dense.shape)}")
     if not temperature > 0:
@@ -97,13 +103,97 @@ def linear_logprob(
     *,
     master: Tensor | None = None,  # (V, H) float32
 ) -> tuple[Tensor, Tensor]:  # logprob (N,), entropy (N,), float32
-    """logprob_n = z_{n,y_n} - log sum_j exp z_nj and the entropy, z = (hidden W^T + bias) / temperature.
+    """logprob_n = z_{n,y_n} - log sum_j exp z_nj, and the entropy of softmax(z_n).
 
-    Gradients to hidden, bias, and the weight: a plain weight gets its own, a PackedWeight's goes to `master` (float32).
-    Raises ValueError on shapes that do not fit and on a target outside [0, V).
-    Source: InstructGPT C.4 uses these for the KL term and the ratio; formulas in docs/spec of the op.
+    z = (hidden W^T + bias) / temperature. Gradients to hidden, bias, and the weight: a plain weight
+    gets its own in its dtype, a PackedWeight's goes to `master` (float32). Raises ValueError on
+    shapes that do not fit and on a target outside [0, V).
     """
     check_head(hidden, weight, temperature, bias, master)
-    vocabulary = weight.shape[0] if isinstance(weight, Tensor) else weight.rows
-    check_targets(targets, hidden.shape[0], vocabulary)
-    return linear_logprob_reference(hidden, weight, targets, temperature, bias, master=master)
+    dense = weight if isinstance(weight, Tensor) else weight.dense
+    if choose("linear_logprob", hidden, dense) == "reference":
+        check_targets(targets, hidden.shape[0], dense.shape[0])
+        return linear_logprob_reference(hidden, weight, targets, temperature, bias, master=master)
+    dense, data = head_operands(weight)
+    logprob, entropy, _max, _log_sum = torch.ops.engine.linear_logprob(
+        hidden.contiguous(),
+        dense,
+        data,
+        targets.contiguous(),
+        temperature,
+        None if bias is None else bias.float().contiguous(),
+        weight if isinstance(weight, Tensor) else master,
+    )
+    return logprob, entropy
+
+
+def head_operands(weight: Tensor | PackedWeight) -> tuple[Tensor, Tensor]:
+    """The weight row-major, and packed: a plain one is packed on the fly."""
+    if isinstance(weight, PackedWeight):
+        return weight.dense, packed_data(weight)
+    dense = weight.detach().contiguous()
+    return dense, torch.ops.engine.pack_weight(dense)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, dense, data, targets, ctx.temperature, bias, master = inputs
+    _logprob, entropy, row_max, log_sum = output
+    ctx.master_dtype = None if master is None else master.dtype
+    ctx.mark_non_differentiable(row_max, log_sum)
+    ctx.save_for_backward(hidden, dense, data, targets, bias, row_max, log_sum, entropy)
+
+
+def _backward(
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _grad_max: Any, _grad_log_sum: Any
+) -> tuple[Tensor | None, ...]:
+    hidden, dense, data, targets, bias, row_max, log_sum, entropy = ctx.saved_tensors
+    need_hidden, _, _, _, _, need_bias, need_master = ctx.needs_input_grad
+    dh, dw, db = torch.ops.engine.linear_logprob_backward(
+        grad_logprob.contiguous(),
+        grad_entropy.contiguous(),
+        hidden,
+        dense,
+        data,
+        targets,
+        ctx.temperature,
+        bias,
+        row_max,
+        log_sum,
+        entropy,
+        need_hidden,
+        need_master,
+        need_bias,
+    )
+    grad_master = dw.to(ctx.master_dtype) if need_master else None
+    grad_hidden, grad_bias = dh if need_hidden else None, db if need_bias else None
+    return grad_hidden, None, None, None, None, grad_bias, grad_master
+
+
+def _fake(hidden: Tensor, *_others: Any) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4))
+
+
+def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, dense = inputs[2:4]
+    need_hidden, need_weight, need_bias = inputs[-3:]
+    wide = torch.float32
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0, dtype=wide),
+        dense.new_empty(dense.shape if need_weight else (0,), dtype=wide),
+        dense.new_empty(dense.shape[0] if need_bias else 0, dtype=wide),
+    )
+
+
+define(
+    "linear_logprob(Tensor hidden, Tensor dense, Tensor data, Tensor targets, float temperature,"
+    " Tensor? bias, Tensor? master) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+define(
+    "linear_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor dense,"
+    " Tensor data, Tensor targets, float temperature, Tensor? bias, Tensor row_max,"
+    " Tensor log_sum, Tensor entropy, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+torch.library.register_autograd("engine::linear_logprob", _backward, setup_context=_setup_context)

@@ -1,16 +1,18 @@
-"""One token a row, drawn from the softmax of the logits, with its log-probability and the row's entropy.
+"""One token a row drawn from the softmax of the logits, its log-probability, the row's entropy.
 
     z = (hidden W^T + bias) / temperature,  token_r = min {j : sum_{i <= j} p_ri > uniform_r}
 
-R rows, H hidden, V vocabulary: inverse transform sampling from one float64 uniform number in [0, 1) a row. The
-log-probability and the entropy are those of `linear_logprob` for the drawn token, bit for bit.
+R rows, H hidden, V vocabulary: inverse transform sampling from one float64 uniform number in [0, 1)
+a row, in two levels: the block of the vocabulary, then the token within it. The log-probability and
+the entropy are those of `linear_logprob` for the drawn token, bit for bit.
 """
 
 import torch
 from torch import Tensor
 
+from ._backend import choose, define
 from .linear import PackedWeight
-from .linear_logprob import check_head, linear_logits, linear_logprob_reference
+from .linear_logprob import check_head, head_operands, linear_logits, linear_logprob_reference
 
 
 def linear_sample_reference(
@@ -20,7 +22,7 @@ def linear_sample_reference(
     temperature: float = 1.0,
     bias: Tensor | None = None,  # (V,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # token (R,), logprob (R,), entropy (R,)
-    """The definition: the first token at which the cumulated probability exceeds the uniform number."""
+    """The definition: the first token whose cumulated probability exceeds the uniform number."""
     p = torch.softmax(linear_logits(hidden, weight, temperature, bias).double(), dim=-1)
     cumulated = p.cumsum(-1)
     reached = cumulated > (uniform * cumulated[:, -1])[:, None]
@@ -39,7 +41,8 @@ def linear_sample(
 ) -> tuple[Tensor, Tensor, Tensor]:  # token (R,) int64, logprob (R,), entropy (R,) float32
     """token_r = min {j : sum_{i <= j} p_ri > uniform_r}; never a token of probability 0.
 
-    Not differentiable. Raises ValueError on shapes that do not fit, uniform numbers outside [0, 1) and V = 0.
+    Not differentiable. Raises ValueError on shapes that do not fit, on uniform numbers outside
+    [0, 1), and on a row without a distribution (all logits -inf).
     """
     check_head(hidden, weight, temperature, bias, None)
     if uniform.shape != (hidden.shape[0],) or uniform.dtype != torch.float64:
@@ -47,7 +50,29 @@ def linear_sample(
             f"uniform: got {uniform.dtype} of shape {tuple(uniform.shape)}, "
             f"want float64 ({hidden.shape[0]},)"
         )
-    if uniform.numel() and not (0 <= float(uniform.min()) and float(uniform.max()) < 1):
-        raise ValueError("uniform: got numbers outside [0, 1)")
+    if uniform.numel() and not (uniform.min() >= 0 and uniform.max() < 1):
+        raise ValueError(
+            f"uniform: got {uniform.min():.17g} ... {uniform.max():.17g}, want numbers in [0, 1)"
+        )
+    dense = weight if isinstance(weight, Tensor) else weight.dense
     with torch.no_grad():
-        return linear_sample_reference(hidden, weight, uniform, temperature, bias)
+        if choose("linear_sample", hidden, dense) == "reference":
+            return linear_sample_reference(hidden, weight, uniform, temperature, bias)
+        return torch.ops.engine.linear_sample(
+            hidden.contiguous(),
+            *head_operands(weight),
+            uniform.contiguous(),
+            temperature,
+            None if bias is None else bias.float().contiguous(),
+        )
+
+
+define(
+    "linear_sample(Tensor hidden, Tensor dense, Tensor data, Tensor uniform, float temperature,"
+    " Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, dense, data, uniform, temperature, bias: (
+        uniform.new_empty(uniform.shape, dtype=torch.int64),
+        uniform.new_empty(uniform.shape, dtype=torch.float32),
+        uniform.new_empty(uniform.shape, dtype=torch.float32),
+    ),
+)

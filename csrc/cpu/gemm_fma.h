@@ -1,0 +1,213 @@
+// The micro-kernel on fused multiply-adds: ROWS x PANELS panels of float accumulators in registers. Class half only.
+#pragma once
+
+#include "gemm.h"
+#include "vec.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace engine::ENGINE_CLASS {
+
+constexpr int kPanel = 2 * kLanes;  // columns
+
+// Rows of one pass: what the registers hold beside two vectors of B and a broadcast.
+#if ENGINE_LANES == 16
+constexpr int kFmaRows = 12;
+#elif ENGINE_LANES == 8
+constexpr int kFmaRows = 6;
+#else
+constexpr int kFmaRows = 4;
+#endif
+constexpr int64_t kGroupBytes = ENGINE_LANES == 16 ? 768 * 1024 : 256 * 1024;  // of panels held in L2
+
+// One rounding on every class that has the instruction, whatever the compiler would contract.
+ENGINE_INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
+#if ENGINE_LANES == 16
+  return _mm512_fmadd_ps(a, b, c);
+#elif ENGINE_LANES == 8
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+struct FloatPanel {
+  static constexpr int64_t kDepthBytes = 4 * kPanel;
+  ENGINE_INLINE void read(const char* p, vfloat& low, vfloat& high) {
+    low = load(reinterpret_cast<const float*>(p));
+    high = load(reinterpret_cast<const float*>(p) + kLanes);
+  }
+};
+
+struct PairPanel {
+  static constexpr int64_t kDepthBytes = 2 * kPanel;
+  ENGINE_INLINE void read(const char* p, vfloat& low, vfloat& high) {
+    vuint words;
+    std::memcpy(&words, p, sizeof(words));
+    const vuint shifted = words << 16, masked = words & 0xffff0000u;
+    low = reinterpret_cast<vfloat>(shifted);
+    high = reinterpret_cast<vfloat>(masked);
+  }
+};
+
+struct FmaArguments {
+  const float* a;
+  int64_t row, step;  // of A: floats to the next row, to the next depth
+  const char* b;
+  int64_t panel_bytes, depth;
+  float* c;
+  int64_t stride;  // of C
+  bool load_c;
+  const char* ahead;  // memory that will be read next, fetched by and by
+  int64_t ahead_step;
+};
+
+// Every loop over registers is unrolled completely, or the accumulators would live in memory.
+template <int ROWS, int PANELS, class B>
+static void fma_block(const FmaArguments& f) {
+  float* const c = f.c;  // not through f, which the stores below might change for all GCC knows
+  const int64_t stride = f.stride;
+  vfloat acc[ROWS][2 * PANELS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * PANELS; ++v)
+      acc[r][v] = f.load_c ? load(c + r * stride + v * kLanes) : vfloat{};
+  const float* a = f.a;
+  const char *b = f.b, *ahead = f.ahead;
+  for (int64_t k = 0; k < f.depth; ++k, a += f.step, b += B::kDepthBytes) {
+#pragma GCC unroll 16
+    for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead + p * f.panel_bytes);
+    ahead += f.ahead_step;
+    vfloat column[2 * PANELS];
+#pragma GCC unroll 16
+    for (int p = 0; p < PANELS; ++p) B::read(b + p * f.panel_bytes, column[2 * p], column[2 * p + 1]);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const vfloat x = splat(a[r * f.row]);
+#pragma GCC unroll 16
+      for (int v = 0; v < 2 * PANELS; ++v) acc[r][v] = fmadd(x, column[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * PANELS; ++v) store(c + r * stride + v * kLanes, acc[r][v]);
+}
+
+// One element of C, in C's type.
+ENGINE_INLINE void store_one(const Out& out, int64_t at, float value) {
+  if (out.bf16)
+    static_cast<uint16_t*>(out.data)[at] = to_bf16(value);
+  else
+    static_cast<float*>(out.data)[at] = value;
+}
+
+// Sums of a block, (rows, kPanel * panels) with `stride`, to C (with the bias, in C's type) and from C.
+static void store_sums(const float* sums, int64_t stride, const Out& out, const Part& part) {
+  for (int64_t row = part.row0; row < part.row1; ++row, sums += stride) {
+    const int64_t at = row * out.stride;
+    int64_t j = part.col0;
+    for (; j + kLanes <= part.col1; j += kLanes) {
+      vfloat v = load(sums + j - part.col0);
+      if (out.bias) v += load(out.bias + j);
+      if (out.bf16)
+        store(static_cast<uint16_t*>(out.data) + at + j, v);
+      else
+        store(static_cast<float*>(out.data) + at + j, v);
+    }
+    for (; j < part.col1; ++j) store_one(out, at + j, sums[j - part.col0] + (out.bias ? out.bias[j] : 0.0f));
+  }
+}
+
+ENGINE_INLINE void load_sums(float* sums, int64_t stride, int64_t width, const Out& out, const Part& part) {
+  const int64_t cols = part.col1 - part.col0;
+  for (int64_t row = part.row0; row < part.row1; ++row, sums += stride) {
+    const float* c = static_cast<const float*>(out.data) + row * out.stride + part.col0;
+    for (int64_t j = 0; j < width; ++j) sums[j] = j < cols ? c[j] : 0.0f;
+  }
+}
+
+ENGINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+using FmaKernel = void (*)(const FmaArguments&);
+
+template <class B, int ROWS = 1>
+static FmaKernel fma_kernel(int64_t rows) {
+  if constexpr (ROWS == kFmaRows)
+    return &fma_block<ROWS, 1, B>;
+  else
+    return rows == ROWS ? &fma_block<ROWS, 1, B> : fma_kernel<B, ROWS + 1>(rows);
+}
+
+// At 1 to 3 rows one panel has too few chains to hide the latency of a multiply-add, and one stream of memory.
+template <class B>
+static FmaKernel fma_wide_kernel(int64_t rows, int& panels) {
+  panels = rows == 1 ? 6 : rows == 2 ? 3 : 2;
+  if (rows == 1) return &fma_block<1, 6, B>;
+  if (rows == 2) return &fma_block<2, 3, B>;
+  return &fma_block<3, 2, B>;
+}
+
+// Few rows are cut evenly (13 = 5 + 4 + 4): a pass of 1 to 3 rows waits for its own sums. Staged blocks are whole.
+ENGINE_INLINE int64_t rows_of_pass(const Left& left, int64_t remaining) {
+  if (left.row != left.block || remaining >= 4 * kFmaRows) return smaller(kFmaRows, remaining);
+  const int64_t passes = (remaining + kFmaRows - 1) / kFmaRows;
+  return (remaining + passes - 1) / passes;
+}
+
+// Rows [row0, row0 + rows) times `panels` panels from `panel` on.
+template <class B>
+static void fma_pass(FmaKernel kernel, FmaArguments& f, const Right& right, const Out& out, const Part& pass,
+                     int panels) {
+  alignas(64) float sums[12 * kPanel];  // the most rows times panels of any kernel
+  const int64_t width = panels * kPanel;
+  f.b = static_cast<const char*>(right.data) + pass.col0 / kPanel * right.panel_bytes;
+  const bool direct = !out.bf16 && !out.bias && pass.col1 - pass.col0 == width;
+  f.load_c = out.accumulate;
+  f.c = direct ? static_cast<float*>(out.data) + pass.row0 * out.stride + pass.col0 : sums;
+  f.stride = direct ? out.stride : width;
+  if (!direct && out.accumulate) load_sums(sums, width, width, out, pass);
+  kernel(f);
+  if (!direct) store_sums(sums, width, out, pass);
+}
+
+template <class B>
+static void fma_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+  const int64_t rows = part.row1 - part.row0;
+  const bool few = rows <= 4 * kFmaRows;
+  const int64_t fit = few ? 1 : kGroupBytes / (depth * B::kDepthBytes + 1);
+  const int64_t group = (fit < 1 ? 1 : fit) * kPanel;
+  const int64_t passes = (rows + kFmaRows - 1) / kFmaRows;
+  FmaArguments f{};
+  f.row = left.row, f.step = left.depth, f.depth = depth, f.panel_bytes = right.panel_bytes;
+  int wide = 1;
+  const FmaKernel wide_kernel = rows <= 3 ? fma_wide_kernel<B>(rows, wide) : nullptr;
+  for (int64_t first = part.col0; first < part.col1;) {
+    if (wide_kernel && part.col1 - first >= wide * kPanel) {
+      f.a = static_cast<const float*>(left.data) + part.row0 * left.block;
+      f.ahead = static_cast<const char*>(right.data) + (first / kPanel + wide) * right.panel_bytes;
+      f.ahead_step = B::kDepthBytes;
+      fma_pass<B>(wide_kernel, f, right, out, {part.row0, part.row1, first, first + wide * kPanel}, wide);
+      first += wide * kPanel;
+      continue;
+    }
+    const int64_t last = smaller(first + group, part.col1);
+    for (int64_t row = part.row0, pass = 0, n; row < part.row1; row += n, ++pass) {
+      n = rows_of_pass(left, part.row1 - row);
+      f.a = static_cast<const float*>(left.data) + row * left.block;
+      const FmaKernel kernel = fma_kernel<B>(n);
+      for (int64_t col = first; col < last; col += kPanel) {
+        const char* next = static_cast<const char*>(right.data) + (col / kPanel + 1) * right.panel_bytes;
+        f.ahead = few ? next + depth * B::kDepthBytes / passes * pass : next;
+        f.ahead_step = few ? B::kDepthBytes / passes : 0;
+        fma_pass<B>(kernel, f, right, out, {row, row + n, col, smaller(col + kPanel, last)}, 1);
+      }
+    }
+    first = last;
+  }
+}
+
+}  // namespace engine::ENGINE_CLASS

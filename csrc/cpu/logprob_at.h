@@ -1,0 +1,24 @@
+// What linear_logprob and linear_sample share on tensors. Host half only.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "gemm_at.h"
+#include "logprob.h"
+
+namespace engine {
+
+// The head and the memory it points into.
+struct HeadOperand {
+  Head view;
+  LeftOperand hidden;
+};
+
+// hidden (N, H), the packed weight of dense (V, H), bias (V,) float or none; ValueError where they do not fit.
+HeadOperand head_of(const at::Tensor& hidden, const at::Tensor& dense, const at::Tensor& data,
+                    const std::optional<at::Tensor>& bias, double temperature);
+
+// Statistics of rows [row0, row1), on threads: (rows, blocks, 3) floats, and z of the targets into target_z.
+at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int64_t* targets, float* target_z);
+
+}  // namespace engine
