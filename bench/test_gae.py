@@ -6,7 +6,9 @@ import torch
 from engine.kernels.gae import gae
 
 
-def padded_loop(reward: torch.Tensor, value: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
+def padded_loop(
+    reward: torch.Tensor, value: torch.Tensor, gamma: float, lam: float
+) -> torch.Tensor:
     """The (B, T) loop over time of TRL and OpenRLHF."""
     last, out = torch.zeros(reward.shape[0]), []
     for t in reversed(range(reward.shape[1])):
@@ -24,7 +26,10 @@ def test_gae(benchmark, backend):
     cu = torch.arange(0, episodes * length + 1, length, dtype=torch.int32)
     flat = reward.flatten(), value.flatten()
     torch.testing.assert_close(
-        gae(*flat, cu)[0].view(episodes, length), padded_loop(reward, value, 1.0, 0.95), rtol=1e-3, atol=1e-3
+        gae(*flat, cu)[0].view(episodes, length),
+        padded_loop(reward, value, 1.0, 0.95),
+        rtol=1e-3,
+        atol=1e-3,
     )
     if backend == "engine":
         benchmark(gae, *flat, cu)

@@ -4,41 +4,42 @@
 #include "dispatch.h"
 
 // One episode, from its last token to its first: two dependent multiply-adds a token, so there is nothing to
-// vectorise within an episode; threads take episodes.
+// vectorise within an episode; threads take episodes. In float64: in float32 the rounding of gamma * lam alone would
+// add up over an answer's length.
 ENGINE_KERNEL(void, gae_episode,
-              (const float* reward, const float* value, int64_t length, float gamma, float lam, float bootstrap,
+              (const float* reward, const float* value, int64_t length, double gamma, double lam, float bootstrap,
                float* advantage, float* returns))
 ENGINE_KERNEL(void, gae_episode_backward,
-              (const float* grad_advantage, const float* grad_returns, int64_t length, float gamma, float lam,
+              (const float* grad_advantage, const float* grad_returns, int64_t length, double gamma, double lam,
                float* grad_reward, float* grad_value, float* grad_bootstrap))
 
 #ifdef ENGINE_CLASS
 namespace engine::ENGINE_CLASS {
 
-void gae_episode(const float* reward, const float* value, int64_t length, float gamma, float lam, float bootstrap,
+void gae_episode(const float* reward, const float* value, int64_t length, double gamma, double lam, float bootstrap,
                  float* advantage, float* returns) {
-  float next_value = bootstrap, next_advantage = 0.0f;
+  double next_value = bootstrap, next_advantage = 0.0;
   for (int64_t t = length - 1; t >= 0; --t) {
-    const float delta = reward[t] + gamma * next_value - value[t];
+    const double delta = reward[t] + gamma * next_value - value[t];
     next_advantage = delta + gamma * lam * next_advantage;
     next_value = value[t];
-    advantage[t] = next_advantage;
-    returns[t] = next_advantage + next_value;
+    advantage[t] = static_cast<float>(next_advantage);
+    returns[t] = static_cast<float>(next_advantage + next_value);
   }
 }
 
 // With g = grad_advantage + grad_returns and G_k = g_k + gamma lam G_{k-1} (the gradient of delta_k):
 // d reward_k = G_k, d value_k = grad_returns_k - G_k + gamma G_{k-1}, d bootstrap = gamma G_last.
-void gae_episode_backward(const float* grad_advantage, const float* grad_returns, int64_t length, float gamma,
-                          float lam, float* grad_reward, float* grad_value, float* grad_bootstrap) {
-  float grad_delta = 0.0f;
+void gae_episode_backward(const float* grad_advantage, const float* grad_returns, int64_t length, double gamma,
+                          double lam, float* grad_reward, float* grad_value, float* grad_bootstrap) {
+  double grad_delta = 0.0;
   for (int64_t t = 0; t < length; ++t) {
-    const float previous = grad_delta;
+    const double previous = grad_delta;
     grad_delta = grad_advantage[t] + grad_returns[t] + gamma * lam * previous;
-    grad_reward[t] = grad_delta;
-    grad_value[t] = grad_returns[t] - grad_delta + gamma * previous;
+    grad_reward[t] = static_cast<float>(grad_delta);
+    grad_value[t] = static_cast<float>(grad_returns[t] - grad_delta + gamma * previous);
   }
-  *grad_bootstrap = gamma * grad_delta;
+  *grad_bootstrap = static_cast<float>(gamma * grad_delta);
 }
 
 }  // namespace engine::ENGINE_CLASS

@@ -1,0 +1,226 @@
+"""ranking_loss against the golden numbers, the float64 definition, and the properties of Eq. 1."""
+
+import math
+
+import pytest
+import torch
+from compare import assert_close
+from golden_cases import golden_cases, offsets, ragged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.kernels.ranking_loss import (
+    REDUCTIONS,
+    _winners,
+    ranking_denominator,
+    ranking_loss,
+    ranking_loss_reference,
+)
+
+RAGGED = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
+
+
+def loss_and_gradient(score, rank, cu, reduction, **keywords):
+    score = score.detach().requires_grad_()
+    loss, num_pairs, num_correct = ranking_loss(score, rank, cu, reduction, **keywords)
+    loss.backward()
+    return loss.detach(), score.grad, int(num_pairs), int(num_correct)
+
+
+@golden_cases("pairwise_ranking_prompt")
+def test_golden_prompt(case, precision):
+    given_, want, dtype = case["inputs"], case["outputs"], precision.dtype
+    score = torch.tensor(given_["scores"], dtype=dtype)
+    rank, cu = torch.tensor(given_["ranks"]), offsets([score.numel()])
+    for reduction in REDUCTIONS:
+        loss, grad, num_pairs, _ = loss_and_gradient(score, rank, cu, reduction)
+        literal = reduction == "prompt_mean_allpairs" and "loss_literal_eq1_divisor" in want
+        kind = "{}_literal_eq1_divisor" if literal else "{}"
+        assert num_pairs == want["n_pairs"]
+        for key, ours in (("loss", loss), ("grad", grad)):
+            expected = torch.tensor(want[kind.format(key)], dtype=dtype)
+            precision.assert_close(ours, expected, f"{case['name']} {key}")
+
+
+@golden_cases("pairwise_ranking_batch")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_golden_batch(case, reduction, precision):
+    given_, want, dtype = case["inputs"], case["outputs"], precision.dtype
+    score, rank = ragged(given_["scores"], dtype), ragged(given_["ranks"], torch.int64)
+    cu = offsets([len(row) for row in given_["scores"]])
+    assert cu.tolist() == given_.get("cu_seqlens", cu.tolist())
+    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
+    precision.assert_close(loss, torch.tensor(want[reduction]["loss"], dtype=dtype), "loss")
+    precision.assert_close(grad, ragged(want[reduction]["grad"], dtype), "grad")
+    assert num_pairs == want["n_valid_pairs"]
+    assert num_correct / num_pairs == pytest.approx(want["accuracy_strict"])
+    count = {
+        "prompt_mean_valid": want["n_prompts_with_pairs"],
+        "prompt_mean_allpairs": cu.numel() - 1,
+        "pair_mean": want["n_valid_pairs"],
+    }
+    assert ranking_denominator(rank, cu, reduction) == count[reduction]
+
+
+@golden_cases("rank_to_pairs")
+def test_golden_pairs(case):
+    pairs = _winners(torch.tensor(case["inputs"]["ranks"])).nonzero().tolist()
+    assert sorted(pairs) == sorted(case["outputs"]["pairs"])
+
+
+@RAGGED
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=8),
+    levels=st.integers(1, 9),
+    scale=st.sampled_from([1e-4, 1.0, 100.0, 1e4]),
+    reduction=st.sampled_from(REDUCTIONS),
+    seed=st.integers(0, 1000),
+)
+def test_ragged_against_float64(cpu_class, lengths, levels, scale, reduction, seed):
+    """Empty prompts, one answer, K = 2 to 9, ties up to all tied, scores up to 1e4."""
+    torch.manual_seed(seed)
+    n, cu = sum(lengths), offsets(lengths)
+    score, rank = torch.randn(n) * scale, torch.randint(levels, (n,))
+    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
+    wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
+    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
+    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
+    truth.backward()
+    reference.backward()
+    assert_close(loss, reference, truth, "loss")
+    assert_close(grad, plain.grad, wide.grad, "grad")
+    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
+    assert grad.isfinite().all()
+    for prompt in grad.split(lengths):
+        assert abs(float(prompt.sum())) <= 1e-6
+
+
+def test_a_constant_added_to_a_prompt_changes_nothing(cpu_class):
+    score, rank, cu = torch.randn(8), torch.tensor([3, 1, 2, 2, 1, 5, 4, 3]), offsets([4, 4])
+    shift = torch.tensor([4.0] * 4 + [-8.0] * 4)
+    score = (score * 64).round() / 64  # so that the sums are exact
+    for reduction in REDUCTIONS:
+        before = loss_and_gradient(score, rank, cu, reduction)
+        after = loss_and_gradient(score + shift, rank, cu, reduction)
+        assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_two_answers_are_bradley_terry(precision):
+    score = torch.randn(6, dtype=precision.dtype)
+    loss, *_ = ranking_loss(score, torch.tensor([1, 2, 2, 1, 1, 2]), offsets([2, 2, 2]))
+    margin = torch.stack([score[0] - score[1], score[3] - score[2], score[4] - score[5]])
+    precision.assert_close(loss, -torch.nn.functional.logsigmoid(margin).mean(), "loss")
+
+
+@pytest.mark.parametrize("answers", [2, 3, 9, 40, 301])
+def test_equal_scores_have_the_closed_form(answers, precision):
+    score = torch.full((answers,), 0.7, dtype=precision.dtype)
+    loss, grad, num_pairs, num_correct = loss_and_gradient(
+        score, torch.arange(answers), offsets([answers]), "prompt_mean_valid"
+    )
+    k = torch.arange(answers, dtype=precision.dtype)
+    precision.assert_close(loss, score.new_tensor(math.log(2)), "loss")
+    expected = -(answers - 1 - 2 * k) / (answers * (answers - 1))
+    precision.assert_close(grad, expected, "grad")
+    assert (num_pairs, num_correct) == (answers * (answers - 1) // 2, 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_without_pairs_loss_and_gradient_are_zero(reduction, precision):
+    for lengths in ([], [0], [1, 0], [3]):
+        score = torch.randn(sum(lengths), dtype=precision.dtype)
+        rank, cu = torch.ones(sum(lengths)), offsets(lengths)
+        loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
+        assert float(loss) == 0 and grad.eq(0).all() and (num_pairs, num_correct) == (0, 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_prompt_with_one_answer_does_not_count(reduction, precision):
+    score = torch.randn(5, dtype=precision.dtype)
+    with_it = ranking_loss(score, torch.tensor([1, 2, 2, 1, 1]), offsets([1, 0, 4]), reduction)
+    without = ranking_loss(score[1:], torch.tensor([2, 2, 1, 1]), offsets([4]), reduction)
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_micro_batches_add_up_to_the_batch(reduction, precision):
+    score = torch.randn(14, dtype=precision.dtype)
+    rank = torch.tensor([1, 2, 2, 4, 1, 1, 3, 2, 1, 4, 5, 0, 1, 2])
+    cu, cuts = offsets([4, 2, 5, 3]), [(0, 6, [4, 2]), (6, 14, [5, 3])]
+    loss, grad, _, _ = loss_and_gradient(score, rank, cu, reduction)
+    parts = [(score[a:b], rank[a:b], offsets(lengths)) for a, b, lengths in cuts]
+    count = sum(ranking_denominator(r, c, reduction) for _, r, c in parts)
+    halves = [loss_and_gradient(*p, reduction, denominator=count) for p in parts]
+    precision.assert_close(halves[0][0] + halves[1][0], loss, "loss")
+    precision.assert_close(torch.cat([halves[0][1], halves[1][1]]), grad, "grad")
+
+
+def test_ranks_of_any_type_order_alike(precision):
+    score, cu = torch.randn(4, dtype=precision.dtype), offsets([4])
+    ranks = torch.tensor([2, -1, 5, 2])
+    want = loss_and_gradient(score, ranks, cu, "pair_mean")
+    for other in (ranks.float(), ranks.double() * 1e-9 + 1, ranks.to(torch.int8), ranks * 10**12):
+        got = loss_and_gradient(score, other, cu, "pair_mean")
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_a_nan_score_is_not_hidden(precision):
+    score = torch.tensor([1.0, float("nan"), 0.0], dtype=precision.dtype)
+    assert ranking_loss(score, torch.arange(3), offsets([3]))[0].isnan()
+
+
+def test_gradcheck_of_the_definition():
+    score = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    rank, cu = torch.tensor([1, 2, 2, 3, 1, 1, 2, 1, 3]), offsets([4, 0, 2, 3])
+    for reduction in REDUCTIONS:
+        loss = lambda s, r=reduction: ranking_loss(s, rank, cu, r)[0]  # noqa: E731
+        assert torch.autograd.gradcheck(loss, score)
+
+
+def test_opcheck():
+    score = torch.randn(5, requires_grad=True)
+    rank = torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0], dtype=torch.float64)
+    for denominator in (None, 3.0):
+        arguments = (score, rank, offsets([3, 0, 2]), 0, denominator)
+        torch.library.opcheck(torch.ops.engine.ranking_loss.default, arguments)
+
+
+def test_a_second_gradient_is_refused():
+    score = torch.randn(3, requires_grad=True)
+    loss, *_ = ranking_loss(score, torch.arange(3), offsets([3]))
+    with pytest.raises(RuntimeError, match="op 'ranking_loss': a gradient of its gradient"):
+        torch.autograd.grad(loss, score, create_graph=True)
+
+
+def test_threads_and_neighbours_do_not_change_a_bit(threads):
+    torch.manual_seed(3)
+    score, rank, cu = torch.randn(500 * 6), torch.randint(5, (500 * 6,)), offsets([6] * 500)
+    together = loss_and_gradient(score, rank, cu, "prompt_mean_valid")
+    torch.set_num_threads(1)
+    again = loss_and_gradient(score, rank, cu, "prompt_mean_valid")
+    count = ranking_denominator(rank, cu)
+    alone = loss_and_gradient(
+        score[60:66], rank[60:66], offsets([6]), "prompt_mean_valid", denominator=count
+    )
+    assert torch.equal(together[0], again[0]) and torch.equal(together[1], again[1])
+    assert torch.equal(together[1][60:66], alone[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_ranks_that_are_not_finite(bad):
+    with pytest.raises(ValueError, match=r"rank\[1\]: got (nan|inf), want a finite number"):
+        ranking_loss(torch.zeros(3), torch.tensor([1.0, bad, 2.0]), offsets([3]))
+
+
+def test_what_does_not_fit_is_named():
+    score, rank, cu = torch.zeros(3), torch.arange(3), offsets([3])
+    with pytest.raises(ValueError, match="reduction: got 'mean', want one of prompt_mean_valid"):
+        ranking_loss(score, rank, cu, "mean")
+    with pytest.raises(ValueError, match=r"score: got shape \(2,\), want \(3,\)"):
+        ranking_loss(score[:2], rank, cu)
+    with pytest.raises(ValueError, match="cu: got"):
+        ranking_loss(score, rank, offsets([2]))
+    with pytest.raises(ValueError, match="denominator: got 0.0, want the .positive. count"):
+        ranking_loss(score, rank, cu, denominator=0.0)
