@@ -91,8 +91,7 @@ def test_the_number_of_threads_changes_no_bit(llama):
         torch.set_num_threads(threads)
         results.append(generate(llama, some_prompts(), Sampling(20), frozenset(), n=2, seed=3))
     torch.set_num_threads(before)
-    assert [g.tokens for g in results[0]] == [g.tokens for g in results[1]]
-    assert_same_numbers(*results)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,25 +118,25 @@ def test_batch_order_slots_and_pages_change_no_token(llama, n):
         Limits(kv_cache_gb=6 * page * 1e-9),
     ):
         again = generate(llama, prompts, settings, eos, n, 1, ids, limits)
-        assert [g.tokens for g in again] == [g.tokens for g in want]
-        assert_same_numbers(again, want)
+        assert_same(again, want)
     order = [5, 0, 7, 2, 6, 1, 4, 3]
     ids_in_order = [ids[i * n + k] for i in order for k in range(n)]
     shuffled = generate(llama, [prompts[i] for i in order], settings, eos, n, 1, ids_in_order)
     sorted_back = sorted(shuffled, key=lambda g: g.episode_id)
     assert [g.episode_id for g in sorted_back] == ids
-    assert [g.tokens for g in sorted_back] == [g.tokens for g in want]
-    assert_same_numbers(sorted_back, want)
+    assert_same(sorted_back, want)
     for index, prompt in enumerate(prompts):
         chosen = slice(index * n, index * n + n)
         alone = generate(llama, [prompt], settings, eos, n, 1, ids[chosen])
-        assert [g.tokens for g in alone] == [g.tokens for g in want[chosen]]
+        assert_same(alone, want[chosen])
 
 
-def assert_same_numbers(got, want):
-    for one, other in zip(got, want, strict=True):
+def assert_same(got, want):
+    """Equal tokens and log-probs; one sequence at a time, so that a failure is short."""
+    for index, (one, other) in enumerate(zip(got, want, strict=True)):
+        assert one.tokens == other.tokens, f"sequence {index}"
         if kernels_usable():
-            assert torch.equal(one.logprobs, other.logprobs)
+            assert torch.equal(one.logprobs, other.logprobs), f"sequence {index}"
         else:
             torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
 
@@ -146,9 +145,7 @@ def test_samples_that_share_a_prompt_are_the_samples_of_the_prompt_repeated(llam
     prompts = some_prompts((1, 16, 17, 30))
     shared = generate(llama, prompts, Sampling(18), frozenset({7}), n=3, seed=2)
     repeated = [prompt for prompt in prompts for _ in range(3)]
-    assert [g.tokens for g in shared] == [
-        g.tokens for g in generate(llama, repeated, Sampling(18), frozenset({7}), seed=2)
-    ]
+    assert_same(shared, generate(llama, repeated, Sampling(18), frozenset({7}), seed=2))
     assert len({g.tokens for g in shared}) > 6, "the samples of a prompt are copies of each other"
     assert [g.prompt_tokens for g in shared] == [tuple(prompt) for prompt in repeated]
 
@@ -213,7 +210,7 @@ def test_filters_sample_their_law_and_return_its_log_prob(llama):
             assert (result.logprobs <= 1e-6).all()
         if settings.top_k == 1:
             greedy = generate(llama, prompts, Sampling(12, greedy=True), frozenset(), n=4, seed=9)
-            assert [g.tokens for g in greedy] == [g.tokens for g in results]
+            assert all(g.tokens == r.tokens for g, r in zip(greedy, results, strict=True))
             assert all((g.logprobs == 0).all() and (g.entropies == 0).all() for g in greedy)
 
 
