@@ -169,13 +169,14 @@ class _Pass:
     attend: Attend
     dropout: Dropout | None
     rope_table: Tensor | None  # (P, R)
+    act_dtype: torch.dtype
 
     def norm(self, module: str, x: Tensor) -> Tensor:  # (N, any) -> same, act_dtype
         a, weights = self.model.architecture, self.model.weights
-        weight, out_dtype = weights.vector(f"{module}.weight"), self.model.act_dtype
+        weight = weights.vector(f"{module}.weight")
         if a.norm == "rmsnorm":
-            return rmsnorm(x, weight, a.norm_eps, out_dtype)
-        return layernorm(x, weight, weights.vector(f"{module}.bias"), a.norm_eps, out_dtype)
+            return rmsnorm(x, weight, a.norm_eps, self.act_dtype)
+        return layernorm(x, weight, weights.vector(f"{module}.bias"), a.norm_eps, self.act_dtype)
 
     def drop(self, x: Tensor, layer: int, sublayer: int) -> Tensor:
         return x if self.dropout is None else self.dropout(x, layer, sublayer)
@@ -208,7 +209,7 @@ def hidden_states(
         x = x + weights.lookup("embed_positions.weight", positions)
     else:
         table = rope_table(a.rope, max(SMALLEST_TABLE, 1 << longest.bit_length()))
-    step = _Pass(model, positions, attend, dropout, table)
+    step = _Pass(model, positions, attend, dropout, table, model.act_dtype)
     for layer in range(a.num_layers):
         x = _block(step, layer, x)
     return step.norm("norm", x)

@@ -1,6 +1,6 @@
 """Models from Hugging Face folders, and back.
 
-A folder is ``config.json``, ``model.safetensors`` (or shards with an index) and, for a policy,
+A folder is ``config.json``, ``model.safetensors`` (or shards with an index) and, often,
 ``generation_config.json``. Nothing is unpickled and no code of a folder is run. A policy is an
 ``AutoModelForCausalLM``, a scalar model an ``AutoModelForSequenceClassification`` with one label.
 """
@@ -90,8 +90,7 @@ def load_policy(folder: str | Path, dtype: str = "auto", trainable: bool = False
     """
     path = resolve_folder(folder)
     config, a, weights = _load(path, dtype, trainable, "lm_head")
-    generation = path / GENERATION_CONFIG
-    return Model(a, weights, config, read_json(generation) if generation.is_file() else None)
+    return Model(a, weights, config, _generation_config(path))
 
 
 def load_scalar(folder: str | Path, dtype: str = "auto", trainable: bool = False) -> ScalarModel:
@@ -101,7 +100,7 @@ def load_scalar(folder: str | Path, dtype: str = "auto", trainable: bool = False
     constant = config.get(SCORE_CONSTANT, 0.0)
     if isinstance(constant, bool) or not isinstance(constant, int | float):
         raise ModelError(f"{path}/config.json: {SCORE_CONSTANT}: got {constant!r}, want a number")
-    return ScalarModel(a, weights, config, constant=float(constant))
+    return ScalarModel(a, weights, config, _generation_config(path), constant=float(constant))
 
 
 def scalar_from_policy(
@@ -113,8 +112,9 @@ def scalar_from_policy(
     Args:
         seed: of the head's numbers.
     """
-    config, a, weights = _load(resolve_folder(folder), dtype, trainable, "score", seed)
-    return ScalarModel(a, weights, config)
+    path = resolve_folder(folder)
+    config, a, weights = _load(path, dtype, trainable, "score", seed)
+    return ScalarModel(a, weights, config, _generation_config(path))
 
 
 def _load(
@@ -135,6 +135,11 @@ def _load(
         return config, a, Weights(specs, read, resolve_dtype(dtype), trainable)
 
 
+def _generation_config(path: Path) -> dict[str, Any] | None:
+    file = path / GENERATION_CONFIG
+    return read_json(file) if file.is_file() else None
+
+
 def save_policy(
     model: Model, folder: str | Path, tokenizer: Any | None = None, max_shard_size: str = "5GB"
 ) -> None:
@@ -151,8 +156,6 @@ def save_policy(
         raise ModelError("save_policy: got a scalar model; use save_scalar")
     causal_class = NAMINGS[model.architecture.family].causal_class
     _write(model, Path(folder), {"architectures": [causal_class]}, max_shard_size)
-    if model.generation_config is not None:
-        _write_json(Path(folder) / GENERATION_CONFIG, model.generation_config)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
@@ -207,6 +210,8 @@ def _write(model: Model, folder: Path, changes: Mapping[str, Any], max_shard_siz
     spellings = ("dtype", "torch_dtype") if "torch_dtype" in model.config else ("dtype",)
     dtypes = dict.fromkeys(spellings, dtype)
     _write_json(folder / "config.json", {**model.config, **dtypes, **changes})
+    if model.generation_config is not None:  # of a scalar model too: it names the ends
+        _write_json(folder / GENERATION_CONFIG, model.generation_config)
     huggingface_hub.save_torch_state_dict(
         _file_tensors(model), folder, max_shard_size=max_shard_size, metadata={"format": "pt"}
     )

@@ -225,6 +225,16 @@ class TestPadToken:
         ours = our_scores(model, [tokenizer(text).input_ids for text in texts])
         torch.testing.assert_close(ours, want, atol=1e-4, rtol=0)
 
+    def test_every_end_of_the_generation_config_is_an_end(self, tmp_path):
+        save("llama", tmp_path / "policy", vocab_size=300, eos_token_id=0)
+        file = tmp_path / "policy" / "generation_config.json"
+        file.write_text('{"eos_token_id": [0, 1]}')
+        model = scalar_from_policy(tmp_path / "policy", 3, "float32")
+        for folder in (tmp_path / "first", tmp_path / "second"):
+            save_scalar(model, folder, byte_tokenizer())
+            assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 2
+            model = load_scalar(folder, "float32")
+
     def test_a_model_with_nothing_to_pad_with_says_so(self, tmp_path):
         save("gpt2", tmp_path / "policy")
         model = scalar_from_policy(tmp_path / "policy", 3, "float32")
