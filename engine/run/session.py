@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import RunConfig, to_dict
+from engine.errors import ConfigError
 from engine.run import checkpoint
 from engine.run.log import RunLog
 
@@ -73,6 +74,16 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
+def refuse_a_used_folder(folder: Path, resume: str | None) -> None:
+    """Checkpoints of an earlier run and of this one in one folder could be taken for each other."""
+    there = checkpoint.kept(folder)
+    if there and (resume is None or resume.lower() == "false"):
+        raise ConfigError(
+            f"output_dir: {folder} holds {there[-1].name} of an earlier run; go on with it"
+            " (--resume_from_checkpoint true), or give another folder"
+        )
+
+
 class Session:
     """Context manager around a stage's loop."""
 
@@ -82,6 +93,7 @@ class Session:
         self.config, self.stage = config, stage
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        refuse_a_used_folder(self.folder, config.resume_from_checkpoint)
         self.stop_requested = False
         self._handlers: dict[int, Any] = {}
         self.log = RunLog(
