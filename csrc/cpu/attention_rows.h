@@ -1,0 +1,69 @@
+// What the kernels of attention share: how keys are addressed, and the one function that computes rows of attention,
+// for whole segments (attention.cpp) and for decoding over pages (attention_decode.cpp).
+//
+// Keys are counted from the start of what a row sees: first the prefix's, then the own ones. They are taken in blocks
+// of 64 at fixed places of that count (position / 64), each with one running maximum and one rescaling; sums run over
+// the channels of a head, the keys of a block and the blocks in order. What a row does not see counts as exactly
+// nothing. A row's result is therefore a function of its own query and keys, however they are packed or paged.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+// Also called from the loops of each class: inlined, so that no copy of one class is shared with another.
+#define ENGINE_EVERYWHERE __attribute__((always_inline)) inline
+
+namespace engine {
+
+constexpr int64_t kKeyBlock = 64;    // keys with one running maximum: 16 KiB of keys at 64 channels, in cache level 1
+constexpr int64_t kChunkRows = 256;  // rows that go over a block of keys together
+constexpr int64_t kMaxTile = 8;      // the most rows a tile of any class has
+
+ENGINE_EVERYWHERE int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+
+// Row i of a tensor (rows, heads, size), head h, starts at element (i * heads + h) * size.
+struct Heads {
+  bool bf16;
+  int64_t query_heads, key_heads, size;
+  ENGINE_EVERYWHERE int64_t group() const { return query_heads / key_heads; }
+  ENGINE_EVERYWHERE int64_t chunk_tokens() const { return group() >= kChunkRows ? 1 : kChunkRows / group(); }
+  ENGINE_EVERYWHERE int64_t chunk_rows() const {  // whole tiles
+    return (chunk_tokens() * group() + kMaxTile - 1) / kMaxTile * kMaxTile;
+  }
+};
+
+// Where the key at a position lies: in a prefix and then in the own segment, or in pages.
+struct Keys {
+  int64_t prefix_begin, prefix_length, own_begin;
+  const int32_t* pages;  // page numbers of this row, or null
+  int64_t page;
+  ENGINE_EVERYWHERE int64_t row(int64_t position) const {
+    if (pages) return pages[position / page] * page + position % page;
+    return position < prefix_length ? prefix_begin + position : own_begin + position - prefix_length;
+  }
+};
+
+// `tokens` rows from `token` on, their query heads of one key head; the first sees `visible` keys, each next one more.
+struct Rows {
+  int64_t token, tokens, visible;
+};
+
+struct Attention {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;  // (rows, query heads), or null
+};
+
+// Floats of scratch memory for attention_rows.
+ENGINE_EVERYWHERE int64_t attention_scratch(const Heads& heads) {
+  const int64_t wide = padded(heads.size);
+  return kKeyBlock * 2 * wide + kMaxTile * kKeyBlock + heads.chunk_rows() * (2 * wide + 16 + 2);
+}
+
+}  // namespace engine
+
+// At most heads.chunk_tokens() tokens at once.
+ENGINE_KERNEL(void, attention_rows,
+              (const engine::Attention& job, const engine::Heads& heads, const engine::Keys& keys,
+               const engine::Rows& rows, int64_t key_head, float* scratch))
