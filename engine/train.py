@@ -41,9 +41,7 @@ class Parser(jsonargparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hints.append(f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         text = "\n".join([*sorted(hints), message])
-        sys.stderr.write(
-            f"python -m engine.train: {text}\nHelp: python -m engine.train --stage STAGE --help\n"
-        )
+        sys.stderr.write(f"{self.prog}: {text}\nHelp: {self.prog} --help\n")
         raise SystemExit(EXIT_USAGE)
 
 

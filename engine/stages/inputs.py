@@ -71,13 +71,6 @@ class PPOData:
         return self.ptx.rows(range(iteration * count, (iteration + 1) * count))
 
 
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def located(config: RunConfig, path: str) -> str:
     """Relative paths are looked up in data_dir; what is not there may be a hub id."""
     if config.data_dir is None or Path(path).is_absolute():

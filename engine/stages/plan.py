@@ -9,13 +9,14 @@ from rich.table import Table
 
 from engine import ops
 from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
+from engine.hybrid import HybridEngine
 from engine.model.architectures import read_architecture
 from engine.model.folder import read_json
 from engine.model.names import parameter_specs
 from engine.model.weights import resolve_dtype, resolve_folder
 from engine.run.session import set_threads
 from engine.stages.epochs import total_steps
-from engine.stages.inputs import load_ppo_data, load_rm_data, load_sft_data, load_tokenizer
+from engine.stages.inputs import load_ppo_data, load_rm_data, load_sft_data
 
 
 def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
@@ -39,7 +40,10 @@ def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
         ("machine", f"class {ops.cpu_class()}, {set_threads(config.threads)} threads"),
         ("output", config.output_dir),
     ]
-    tokenizer, context = load_tokenizer(config.model_name_or_path), architecture.max_positions
+    tokenizer, context = (
+        HybridEngine.load_tokenizer(config.model_name_or_path),
+        architecture.max_positions,
+    )
     if isinstance(config, PPOConfig):
         prompts = load_ppo_data(config, tokenizer, context)
         rows += [

@@ -19,19 +19,20 @@ from engine import ops
 from engine.config import RMConfig
 from engine.data.pack import cut_by_tokens, last_rows, pack_groups
 from engine.data.rankings import RankedGroup
+from engine.hybrid import HybridEngine
 from engine.model import heads, transformer
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import RMData, load_rm_data, load_tokenizer
+from engine.stages.inputs import RMData, load_rm_data
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
 def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     set_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = HybridEngine.load_tokenizer(config.model_name_or_path)
     model = scalar_from_policy(
         config.model_name_or_path, seed=config.seed, dtype=config.dtype, trainable=True
     )

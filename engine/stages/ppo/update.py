@@ -214,5 +214,4 @@ def metrics(
         out["val/ratio_var"] = max(means["excess_squared"] - means["excess"] ** 2, 0.0)
     out["parity/first_minibatch_ratio_deviation"] = first_deviation
     out["policy/skipped_steps"] = float(skipped)
-    out["policy/weights_version"] = float(learner.policy.version)
     return out
