@@ -32,7 +32,7 @@ def whiten_reference(
 ) -> Tensor:
     """The definition, in two passes: squares around the mean keep their digits."""
     wide = x.double()
-    count = _sum_over_ranks(wide.new_tensor(x.numel()), group).clamp(min=1)
+    count = _sum_over_ranks(wide.new_tensor(x.numel()), group)
     mean = _sum_over_ranks(wide.sum(), group) / count
     centred = wide - mean
     variance = _sum_over_ranks(centred.square().sum(), group) / count

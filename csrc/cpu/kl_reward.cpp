@@ -27,7 +27,7 @@ ENGINE_INLINE vfloat kl_of(vfloat d, int estimator) {
 ENGINE_INLINE vfloat kl_slope(vfloat d, int estimator) {
   if (estimator == 0) return splat(1.0f);
   if (estimator == 1) return d;
-  return d - vexpm1_minus(-d);
+  return -vexpm1(-d);
 }
 
 ENGINE_INLINE void tokens(const float* logprob, const float* ref_logprob, int64_t n, int estimator, float beta,

@@ -28,7 +28,7 @@ ENGINE_INLINE vfloat policy_step(vfloat logprob, vfloat old_logprob, vfloat adva
   const vfloat free = -advantage * rho;
   const vfloat bounded = -advantage * vmin(splat(high), vmax(splat(low), rho));
   const vfloat rest = vexpm1_minus(u);
-  const vdouble excess = widen(u) + widen(rest), wide = widen(u);
+  const vdouble excess = widen(vexpm1(u)), wide = widen(u);
   sums.loss += widen(bounded > free ? bounded : free);
   sums.clipped += widen(bounded > free ? one : zero);
   sums.k1 -= wide;

@@ -85,7 +85,7 @@ struct Statistics {
 Statistics statistics(const float* x, int64_t num_tokens) {
   const auto sum = pick_sum_of();
   const auto squares = pick_sum_of_squares();
-  const double count = static_cast<double>(std::max<int64_t>(num_tokens, 1));
+  const double count = static_cast<double>(num_tokens);
   const double mean = sum_blocks<1>(num_tokens, [&](int64_t at, int64_t n, double* out) {
     *out = sum(x + at, n);
   })[0] / count;
@@ -122,7 +122,7 @@ at::Tensor whiten_backward(const at::Tensor& grad, const at::Tensor& x, bool shi
   const Statistics s = statistics(in, num_tokens);
   const auto sum = pick_sum_of();
   const auto products = pick_sum_of_products();
-  const double count = static_cast<double>(std::max<int64_t>(num_tokens, 1));
+  const double count = static_cast<double>(num_tokens);
   const auto total = sum_blocks<2>(num_tokens, [&](int64_t at, int64_t n, double* part) {
     part[0] = sum(g + at, n);
     part[1] = products(in + at, g + at, n, s.mean);

@@ -132,13 +132,13 @@ def test_k3_keeps_its_digits_near_zero_and_across_the_series(precision):
 
 
 def test_k3_far_from_zero_has_a_gradient(precision):
-    logprob = torch.tensor([1e4, -60.0], dtype=precision.dtype, requires_grad=True)
-    zero = torch.zeros(2, dtype=precision.dtype)
-    _, kl = kl_reward(logprob, zero, zero[:1], offsets([2]), 1.0, "k3")
+    logprob = torch.tensor([1e38, 12345.678, -60.0], dtype=precision.dtype, requires_grad=True)
+    zero = torch.zeros(3, dtype=precision.dtype)
+    _, kl = kl_reward(logprob, zero, zero[:1], offsets([3]), 1.0, "k3")
     kl.sum().backward()
     e = math.exp(60)
-    precision.assert_close(kl, zero.new_tensor([1e4 - 1, e - 61]), "kl")
-    precision.assert_close(logprob.grad, zero.new_tensor([1.0, 1 - e]), "grad")
+    precision.assert_close(kl, zero.new_tensor([1e38, 12344.678, e - 61]), "kl")
+    precision.assert_close(logprob.grad, zero.new_tensor([1.0, 1.0, 1 - e]), "grad")
 
 
 def test_k1_rewards_add_up_to_the_objective(cpu_class):
