@@ -75,8 +75,8 @@ def test_any_size_against_float64(cpu_class, n, clip, scale, seed):
 
 def test_the_value_inside_the_bounds_is_never_clipped(precision):
     """old + (value - old) is often not value: that rounding must not switch gradients off."""
-    old = 0.01 * torch.randn(20_000, dtype=precision.dtype)
-    value = (old + 0.3 * (torch.rand_like(old) - 0.5)).requires_grad_()
+    old = 0.15 * torch.rand(1000, dtype=precision.dtype)
+    value = (0.001 * torch.randn_like(old)).requires_grad_()
     returns = torch.zeros_like(old)
     loss, stats = ppo_value_loss(value, old, returns)
     loss.backward()
