@@ -86,6 +86,12 @@ at::Tensor bytes(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at
 
 int64_t tasks_of(int64_t bytes_each) { return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(bytes_each, 1)); }
 
+int64_t unpadded_panel_bytes(Arithmetic arithmetic, int64_t depth) {
+  const int64_t width = pick_panel_columns()();
+  if (arithmetic == Arithmetic::tiles) return (depth + 31) / 32 * 32 * width * 2;
+  return depth * width * (arithmetic == Arithmetic::f32 ? 4 : 2);
+}
+
 // Rows of A as they are where the product can read them so: floats, or bf16 in whole steps of the depth whose rows do not
 // all fall into one set of the cache.
 bool readable_in_place(const at::Tensor& a, Arithmetic arithmetic) {
@@ -114,8 +120,12 @@ RightOperand pack(const at::Tensor& b, int64_t cols, int64_t depth, Arithmetic a
   RightOperand right{{}, bytes(panels * panel_bytes)};
   char* data = static_cast<char*>(right.packed.data_ptr());
   const Matrix source = matrix_of(b);
+  const int64_t used = unpadded_panel_bytes(arithmetic, depth);
   at::parallel_for(0, panels, tasks_of(panel_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) one_panel(source, cols, depth, arithmetic, p, data + p * panel_bytes);
+    for (int64_t p = begin; p < end; ++p) {
+      one_panel(source, cols, depth, arithmetic, p, data + p * panel_bytes);
+      std::memset(data + p * panel_bytes + used, 0, panel_bytes - used);  // the same weight, the same bytes
+    }
   });
   right.view = {data, panel_bytes, arithmetic};
   return right;
@@ -141,10 +151,7 @@ int64_t panels_of(int64_t cols) {
 }
 
 int64_t packed_panel_bytes(Arithmetic arithmetic, int64_t depth) {
-  const int64_t width = pick_panel_columns()();
-  const int64_t size = arithmetic == Arithmetic::f32     ? depth * width * 4
-                       : arithmetic == Arithmetic::pairs ? depth * width * 2
-                                                         : (depth + 31) / 32 * 32 * width * 2;
+  const int64_t size = unpadded_panel_bytes(arithmetic, depth);
   // Panels a multiple of 4 KiB apart would share one set of the first cache.
   return size > 0 && size % 4096 == 0 ? size + 64 : size;
 }
