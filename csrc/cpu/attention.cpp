@@ -120,19 +120,13 @@ ENGINE_INLINE void run_chunk(const Attention& job, const Heads& heads, const Key
   float *key_block = scratch, *value_block = key_block + kKeyBlock * wide, *score = value_block + kKeyBlock * wide;
   const int64_t num_rows = rows.tokens * heads.group(), last = rows.visible + rows.tokens - 1;
   const Chunk chunk(num_rows, heads, score + kMaxTile * kKeyBlock);
+  int64_t offset[kKeyBlock];
   start_chunk<T>(job, heads, rows, key_head, chunk);
   for (int64_t first = 0; first < last; first += kKeyBlock) {
     const int64_t count = last - first < kKeyBlock ? last - first : kKeyBlock;
-    const auto offset = [&](int64_t j) { return (keys.row(first + j) * heads.key_heads + key_head) * size; };
-    pack_columns<T>([&](int64_t j) { return static_cast<const T*>(job.k) + offset(j); }, count, padded(count), size,
-                    key_block, kKeyBlock);
-    for (int64_t j = 0; j < padded(count); ++j) {
-      if (j < count) {
-        pack_row(static_cast<const T*>(job.v) + offset(j), size, 1.0f, value_block + j * wide);
-      } else {
-        for (int64_t d = 0; d < wide; d += kLanes) store(value_block + j * wide + d, vfloat{});
-      }
-    }
+    key_offsets(keys, heads, key_head, first, count, offset);
+    pack_columns(Stored<T>{static_cast<const T*>(job.k), offset, count, size}, key_block);
+    pack_rows(Stored<T>{static_cast<const T*>(job.v), offset, count, size}, value_block);
     over_block(chunk, num_rows, first, key_block, value_block, score);
   }
   finish_chunk<T>(job, heads, rows, key_head, chunk);

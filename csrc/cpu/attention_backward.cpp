@@ -129,23 +129,15 @@ ENGINE_INLINE void over_rows(const Chunk& chunk, const Block& block, int64_t r, 
 }
 
 template <typename T>
-ENGINE_INLINE void load_block(const AttentionGradient& job, const Heads& heads, const Keys& keys, int64_t key_head,
-                              int64_t first, int64_t count, const Block& block) {
-  const int64_t size = heads.size, wide = padded(size);
-  const auto key = [&](int64_t j) {
-    return static_cast<const T*>(job.k) + (keys.row(first + j) * heads.key_heads + key_head) * size;
-  };
-  const auto value = [&](int64_t j) {
-    return static_cast<const T*>(job.v) + (keys.row(first + j) * heads.key_heads + key_head) * size;
-  };
-  pack_columns<T>(key, count, padded(count), size, block.key_columns, kKeyBlock);
-  pack_columns<T>(value, count, padded(count), size, block.value_columns, kKeyBlock);
-  for (int64_t j = 0; j < padded(count); ++j) {
-    pack_row(key(j < count ? j : 0), size, j < count ? 1.0f : 0.0f, block.key + j * wide);
-    for (int64_t d = 0; d < wide; d += kLanes) {
-      store(block.grad_key + j * wide + d, vfloat{});
-      store(block.grad_value + j * wide + d, vfloat{});
-    }
+ENGINE_INLINE void load_block(const AttentionGradient& job, int64_t size, const int64_t* offset, int64_t count,
+                              const Block& block) {
+  const Stored<T> keys{static_cast<const T*>(job.k), offset, count, size};
+  pack_columns(keys, block.key_columns);
+  pack_columns(Stored<T>{static_cast<const T*>(job.v), offset, count, size}, block.value_columns);
+  pack_rows(keys, block.key);
+  for (int64_t i = 0; i < padded(count) * padded(size); i += kLanes) {
+    store(block.grad_key + i, vfloat{});
+    store(block.grad_value + i, vfloat{});
   }
 }
 
@@ -161,11 +153,13 @@ ENGINE_INLINE void run_chunk(const AttentionGradient& job, const Heads& heads, c
   const Block block{scratch,           scratch + area, scratch + 2 * area, scratch + 3 * area,
                     scratch + 4 * area, scores,         scores + kRowBlock * kKeyBlock};
   const Chunk chunk(rows.tokens * heads.group(), heads, scores + 2 * kRowBlock * kKeyBlock);
+  int64_t offset[kKeyBlock];
   start_chunk<T>(job, heads, rows, key_head, chunk);
   const int64_t last = rows.visible + rows.tokens - 1;
   for (int64_t first = 0; first < last; first += kKeyBlock) {
     const int64_t count = last - first < kKeyBlock ? last - first : kKeyBlock;
-    load_block<T>(job, heads, keys, key_head, first, count, block);
+    key_offsets(keys, heads, key_head, first, count, offset);
+    load_block<T>(job, size, offset, count, block);
     for (int64_t r = 0; r < chunk.count; r += kRowBlock) {
       const int64_t num_rows = chunk.count - r < kRowBlock ? chunk.count - r : kRowBlock;
       const int64_t end = r + num_rows < chunk.num_rows ? r + num_rows : chunk.num_rows;
@@ -173,9 +167,8 @@ ENGINE_INLINE void run_chunk(const AttentionGradient& job, const Heads& heads, c
       if (seen > 0) over_rows(chunk, block, r, num_rows, first, seen < kKeyBlock ? padded(seen) : kKeyBlock);
     }
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = (keys.row(first + j) * heads.key_heads + key_head) * size;
-      add_row(block.grad_key + j * wide, size, job.grad_k + at);
-      add_row(block.grad_value + j * wide, size, job.grad_v + at);
+      add_row(block.grad_key + j * wide, size, job.grad_k + offset[j]);
+      add_row(block.grad_value + j * wide, size, job.grad_v + offset[j]);
     }
   }
   for (int64_t r = 0; r < chunk.num_rows; ++r) {

@@ -33,14 +33,23 @@ struct Heads {
   }
 };
 
-// Where the key at a position lies: in a prefix and then in the own segment, or in pages.
+// Keys at `length` positions on end that lie one after the other, from `row` on.
+struct Run {
+  int64_t row, length;
+};
+
+// Where the keys lie: in a prefix and then in the own segment, or in pages.
 struct Keys {
   int64_t prefix_begin, prefix_length, own_begin;
   const int32_t* pages;  // page numbers of this row, or null
   int64_t page;
-  ENGINE_EVERYWHERE int64_t row(int64_t position) const {
-    if (pages) return pages[position / page] * page + position % page;
-    return position < prefix_length ? prefix_begin + position : own_begin + position - prefix_length;
+  ENGINE_EVERYWHERE Run run(int64_t position) const {
+    if (pages) {
+      const int64_t within = position % page;
+      return {pages[position / page] * page + within, page - within};
+    }
+    if (position < prefix_length) return {prefix_begin + position, prefix_length - position};
+    return {own_begin + position - prefix_length, INT64_MAX / 2};  // as far as the row sees
   }
 };
 

@@ -138,39 +138,63 @@ ENGINE_INLINE vfloat exp_below(vfloat x) {
   return x < low ? vfloat{} : p * (vfloat)scale;
 }
 
-// `count` rows of one head (row i at from(i)), up to `limit` of them, transposed: to[d * stride + i] = from(i)[d].
-// Rows from `count` to `limit` become zeros.
-template <typename T, typename From>
-ENGINE_INLINE void pack_columns(From from, int64_t count, int64_t limit, int64_t size, float* to,
-                                int64_t stride) {
-  for (int64_t first = 0; first < limit; first += kLanes) {
-    const T* source[kLanes];
-    for (int i = 0; i < kLanes; ++i) source[i] = first + i < count ? from(first + i) : nullptr;
-    for (int64_t d = 0; d < size; d += kLanes) {
-      vfloat row[kLanes];
+// A block of keys or values as stored: row i of `count` starts at base + offset[i].
+template <typename T>
+struct Stored {
+  const T* base;
+  const int64_t* offset;
+  int64_t count, size;
+};
+
+// Transposed: to[d * kKeyBlock + i] = row i [d], with zeros for the rows from `count` to padded(count).
+template <typename T>
+ENGINE_INLINE void pack_columns(const Stored<T>& rows, float* to) {
+  const auto square = [&](int64_t first, int64_t d, int64_t height, int64_t width) {
+    vfloat row[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        row[i] = source[i] ? load_up_to(source[i] + d, size - d) : vfloat{};
-      transpose(row);
-      const int64_t height = size - d < kLanes ? size - d : kLanes;
-      if (height == kLanes) {
+    for (int i = 0; i < kLanes; ++i)
+      row[i] = i < height ? load_up_to(rows.base + rows.offset[first + i] + d, width) : vfloat{};
+    transpose(row);
+    float* out = to + d * kKeyBlock + first;
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + (d + i) * stride + first, row[i]);
-      } else {
-        float all[kLanes * kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(all + i * kLanes, row[i]);
-        for (int64_t i = 0; i < height; ++i) store(to + (d + i) * stride + first, load(all + i * kLanes));
-      }
-    }
+    for (int i = 0; i < kLanes; ++i)
+      if (i < width) store(out + i * kKeyBlock, row[i]);
+  };
+  for (int64_t first = 0; first < padded(rows.count); first += kLanes) {
+    const int64_t height = rows.count - first;
+    int64_t d = 0;
+    if (height >= kLanes)
+      for (; d + kLanes <= rows.size; d += kLanes) square(first, d, kLanes, kLanes);
+    for (; d < rows.size; d += kLanes) square(first, d, height, rows.size - d);
   }
 }
 
 // One row, times scale, with zeros up to padded(size).
 template <typename T>
 ENGINE_INLINE void pack_row(const T* from, int64_t size, float scale, float* to) {
-  for (int64_t d = 0; d < padded(size); d += kLanes)
-    store(to + d, d < size ? load_up_to(from + d, size - d) * scale : vfloat{});
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(to + d, load(from + d) * scale);
+  for (; d < padded(size); d += kLanes)
+    store(to + d, d < size ? load_part(from + d, size - d, 0.0f) * scale : vfloat{});
+}
+
+// As stored, with zeros for the rows from `count` to padded(count): to[i * padded(size) + d] = row i [d].
+template <typename T>
+ENGINE_INLINE void pack_rows(const Stored<T>& rows, float* to) {
+  const int64_t wide = padded(rows.size);
+  for (int64_t i = 0; i < rows.count; ++i) pack_row(rows.base + rows.offset[i], rows.size, 1.0f, to + i * wide);
+  for (int64_t at = rows.count * wide; at < padded(rows.count) * wide; at += kLanes) store(to + at, vfloat{});
+}
+
+// Where the keys first ... first + count of one key head start, in elements.
+ENGINE_INLINE void key_offsets(const Keys& keys, const Heads& heads, int64_t key_head, int64_t first, int64_t count,
+                               int64_t* offset) {
+  const int64_t stride = heads.key_heads * heads.size;
+  for (int64_t i = 0; i < count;) {
+    const Run run = keys.run(first + i);
+    const int64_t end = i + run.length < count ? i + run.length : count;
+    for (int64_t row = run.row; i < end; ++i, ++row) offset[i] = row * stride + key_head * heads.size;
+  }
 }
 
 }  // namespace engine::ENGINE_CLASS

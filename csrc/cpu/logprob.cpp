@@ -94,15 +94,21 @@ void logprob_finish(const BlockStatistics* statistics, int64_t blocks, int64_t r
   }
 }
 
-// dz_j = [ g_lp (1{j = y} - p_j) - g_ent p_j (log p_j + entropy) ] / temperature
-static void row_gradient(float* z, int64_t cols, const RowGradients& rows, int64_t r, float scale) {
+// dz_j = [ g_lp (1{j = y} - p_j) - g_ent p_j (log p_j + entropy) ] / temperature, over z; y outside [0, cols) is elsewhere.
+static void row_gradient(float* z, int64_t cols, const RowGradients& rows, int64_t r, int64_t y, float scale) {
   const float g_logprob = rows.grad_logprob[r] * scale, g_entropy = rows.grad_entropy[r] * scale;
   const float max = rows.max[r], log_sum = rows.log_sum[r], entropy = rows.entropy[r];
+  const bool here = y >= 0 && y < cols;
+  const float z_y = here ? z[y] : 0.0f;
   for (int64_t j = 0; j < cols; j += kLanes) {
     const vfloat log_p = (load(z + j) - max) - log_sum, p = vexp(log_p);
     const vfloat slope = p * (g_logprob + g_entropy * (log_p + entropy));
     store(z + j, p == 0.0f ? vfloat{} : -slope);
   }
+  if (!here) return;
+  // 1 - p before the product: where p is 1 the gradient is 0, whatever the compiler fuses.
+  const float log_p = (z_y - max) - log_sum, p = exp_of(log_p);
+  z[y] = g_logprob * (1.0f - p) - (p == 0.0f ? 0.0f : g_entropy * (p * (log_p + entropy)));
 }
 
 void logprob_gradient(const Head& head, const Part& part, const RowGradients& rows, const Out& dz, int64_t dz_col,
@@ -118,9 +124,7 @@ void logprob_gradient(const Head& head, const Part& part, const RowGradients& ro
       block_logits(head, {row, end, col, last}, row > part.row0, z);
       for (int64_t r = row; r < end; ++r) {
         float* one = z + (r - row) * kVocabularyBlock;
-        row_gradient(one, cols, rows, r, head.inverse_temperature);
-        const int64_t target = rows.target[r];
-        if (target >= col && target < last) one[target - col] += rows.grad_logprob[r] * head.inverse_temperature;
+        row_gradient(one, cols, rows, r, rows.target[r] - col, head.inverse_temperature);
         store_sums(one, kVocabularyBlock, dz, {r, r + 1, col - dz_col, last - dz_col});
         if (bias_sums)
           for (int64_t j = 0; j < cols; ++j) bias_sums[col + j] += one[j];
