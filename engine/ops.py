@@ -8,6 +8,7 @@ is its docstring.
 C++ runs where it can. `python -m engine.ops` prints what runs on this machine, and why.
 """
 
+import argparse
 import importlib
 import os
 import pkgutil
@@ -118,6 +119,10 @@ def machine_lines() -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m engine.ops",
+        description="Which implementation of each op runs here, and why.",
+    ).parse_args()
     console = Console()
     for line in machine_lines():
         console.print(line, highlight=False)
