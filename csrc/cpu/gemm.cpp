@@ -37,32 +37,34 @@ void pack_panel_from_columns(const Matrix& source, int64_t cols, int64_t depth, 
     pack_columns_tiles(source, cols, depth, panel, static_cast<uint32_t*>(out));
 }
 
-void pack_panel_from_rows(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel,
-                          void* out) {
-  if (arithmetic == Arithmetic::f32)
-    pack_rows_f32(source, cols, depth, panel, static_cast<float*>(out));
-  else if (arithmetic == Arithmetic::pairs)
-    pack_rows_pairs(source, cols, depth, panel, static_cast<uint32_t*>(out));
-  else
-    pack_rows_tiles(source, cols, depth, panel, static_cast<uint32_t*>(out));
+void pack_chunk_from_rows(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t chunk,
+                          int64_t panel_bytes, void* out) {
+  const int64_t k0 = chunk * kRowsOfChunk, k1 = smaller(k0 + kRowsOfChunk, depth);
+  char* to = static_cast<char*>(out) + k0 * kPanel * (arithmetic == Arithmetic::f32 ? 4 : 2);
+  for (int64_t panel = 0; panel * kPanel < cols; ++panel, to += panel_bytes) {
+    if (arithmetic == Arithmetic::f32)
+      pack_rows_f32(source, cols, panel, k0, k1, reinterpret_cast<float*>(to));
+    else if (arithmetic == Arithmetic::pairs)
+      pack_rows_pairs(source, cols, panel, k0, k1, reinterpret_cast<uint32_t*>(to));
+    else
+      pack_rows_tiles(source, cols, panel, k0, k1, reinterpret_cast<uint32_t*>(to));
+  }
 }
 
 void stage_block(const Matrix& source, int64_t rows, int64_t depth, Arithmetic arithmetic, int64_t block, void* out) {
   stage_rows(source, rows, depth, arithmetic == Arithmetic::tiles, block, out);
 }
 
-void stage_block_transposed(const Matrix& source, int64_t rows, int64_t depth, Arithmetic arithmetic, int64_t block,
-                            void* out) {
-  stage_columns(source, rows, depth, arithmetic == Arithmetic::tiles, block, out);
-}
-
-void convert(const void* from, bool from_bf16, void* to, bool to_bf16, int64_t n) {
-  const Out target{to, to_bf16, n, false, nullptr};
-  const Matrix source{from, from_bf16, n};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    float lanes[kLanes];
-    store(lanes, float_words(source, 0, i, n - i));
-    store_sums(lanes, kLanes, target, {0, 1, i, smaller(i + kLanes, n)});
+void stage_chunk_transposed(const Matrix& source, int64_t rows, int64_t depth, Arithmetic arithmetic, int64_t chunk,
+                            int64_t block_bytes, void* out) {
+  const int64_t k0 = chunk * kRowsOfChunk, k1 = smaller(k0 + kRowsOfChunk, depth), height = block_rows(arithmetic);
+  const bool tiles = arithmetic == Arithmetic::tiles;
+  char* to = static_cast<char*>(out) + k0 * height * (tiles ? 2 : 4);
+  for (int64_t block = 0; block * height < rows; ++block, to += block_bytes) {
+    if (tiles)
+      stage_columns_tiles(source, rows, block, k0, k1, reinterpret_cast<uint16_t*>(to));
+    else
+      stage_columns_f32(source, rows, block, k0, k1, reinterpret_cast<float*>(to));
   }
 }
 
@@ -99,35 +101,35 @@ bool readable_in_place(const at::Tensor& a, Arithmetic arithmetic) {
   return a.scalar_type() == at::kBFloat16 && a.size(1) % 32 == 0 && a.stride(0) % 2048 != 0;
 }
 
-template <class Stage>
-LeftOperand stage(const at::Tensor& a, int64_t rows, int64_t depth, Arithmetic arithmetic, Stage one_block) {
+// The last rows, less than a tile of 16, filled up with zeros.
+void stage_tail(const at::Tensor& a, LeftOperand& left) {
+  const int64_t depth = a.size(1), first = left.view.rows, rows = a.size(0) - first;
+  left.tail = bytes(16 * depth * 2);
+  char* tail = static_cast<char*>(left.tail.data_ptr());
+  const char* source = static_cast<const char*>(a.const_data_ptr()) + first * a.stride(0) * 2;
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(tail + r * depth * 2, source + r * a.stride(0) * 2, depth * 2);
+  std::memset(tail + rows * depth * 2, 0, (16 - rows) * depth * 2);
+  left.view.tail = tail, left.view.tail_row = depth;
+}
+
+// Memory for all blocks of rows, and where they lie; `row` and `depth` of f32 are the caller's to say.
+LeftOperand staged(int64_t rows, int64_t depth, Arithmetic arithmetic) {
   const bool tiles = arithmetic == Arithmetic::tiles;
   const int64_t height = pick_block_rows()(arithmetic), blocks = (rows + height - 1) / height;
-  const int64_t padded = tiles ? (depth + 31) / 32 * 32 : depth, block_bytes = height * padded * (tiles ? 2 : 4);
-  LeftOperand left{{}, bytes(blocks * block_bytes), {}};
-  char* data = static_cast<char*>(left.staged.data_ptr());
-  const Matrix source = matrix_of(a);
-  at::parallel_for(0, blocks, tasks_of(block_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) one_block(source, rows, depth, arithmetic, b, data + b * block_bytes);
-  });
-  left.view = {data, 32, 512, padded, blocks * height, nullptr, 0};
+  const int64_t padded = tiles ? (depth + 31) / 32 * 32 : depth;
+  LeftOperand left{{}, bytes(blocks * height * padded * (tiles ? 2 : 4)), {}};
+  left.view = {left.staged.const_data_ptr(), 32, 512, padded, blocks * height, nullptr, 0};
   return left;
 }
 
-template <class Pack>
-RightOperand pack(const at::Tensor& b, int64_t cols, int64_t depth, Arithmetic arithmetic, Pack one_panel) {
-  const int64_t panel_bytes = packed_panel_bytes(arithmetic, depth), panels = panels_of(cols);
-  RightOperand right{{}, bytes(panels * panel_bytes)};
-  char* data = static_cast<char*>(right.packed.data_ptr());
-  const Matrix source = matrix_of(b);
-  const int64_t used = unpadded_panel_bytes(arithmetic, depth);
-  at::parallel_for(0, panels, tasks_of(panel_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      one_panel(source, cols, depth, arithmetic, p, data + p * panel_bytes);
-      std::memset(data + p * panel_bytes + used, 0, panel_bytes - used);  // the same weight, the same bytes
-    }
-  });
-  right.view = {data, panel_bytes, arithmetic};
+int64_t block_bytes_of(const LeftOperand& left, Arithmetic arithmetic) {
+  return pick_block_rows()(arithmetic) * left.view.block * (arithmetic == Arithmetic::tiles ? 2 : 4);
+}
+
+RightOperand unpacked(int64_t cols, int64_t depth, Arithmetic arithmetic) {
+  const int64_t panel_bytes = packed_panel_bytes(arithmetic, depth);
+  RightOperand right{{}, bytes(panels_of(cols) * panel_bytes)};
+  right.view = {right.packed.const_data_ptr(), panel_bytes, arithmetic};
   return right;
 }
 
@@ -158,36 +160,64 @@ int64_t packed_panel_bytes(Arithmetic arithmetic, int64_t depth) {
 
 LeftOperand left_from(const at::Tensor& a, Arithmetic arithmetic) {
   const int64_t rows = a.size(0), depth = a.size(1), stride = a.stride(0);
-  if (!readable_in_place(a, arithmetic)) {
-    LeftOperand left = stage(a, rows, depth, arithmetic, pick_stage_block());
-    if (arithmetic != Arithmetic::tiles) left.view.row = left.view.block = depth, left.view.depth = 1;
+  if (readable_in_place(a, arithmetic)) {
+    if (arithmetic != Arithmetic::tiles) return {{a.const_data_ptr(), stride, 1, stride, rows, nullptr, 0}, {}, {}};
+    LeftOperand left{{a.const_data_ptr(), stride, 32, stride, rows / 16 * 16, nullptr, 0}, {}, {}};
+    if (left.view.rows < rows) stage_tail(a, left);
     return left;
   }
-  if (arithmetic != Arithmetic::tiles) return {{a.const_data_ptr(), stride, 1, stride, rows, nullptr, 0}, {}, {}};
-  const int64_t whole = rows / 16 * 16;
-  LeftOperand left{{a.const_data_ptr(), stride, 32, stride, whole, nullptr, 0}, {}, {}};
-  if (whole == rows) return left;
-  left.tail = bytes(16 * depth * 2);
-  char* tail = static_cast<char*>(left.tail.data_ptr());
-  const char* source = static_cast<const char*>(a.const_data_ptr()) + whole * stride * 2;
-  for (int64_t r = 0; r < rows - whole; ++r) std::memcpy(tail + r * depth * 2, source + r * stride * 2, depth * 2);
-  std::memset(tail + (rows - whole) * depth * 2, 0, (16 - rows + whole) * depth * 2);
-  left.view.tail = tail, left.view.tail_row = depth;
+  LeftOperand left = staged(rows, depth, arithmetic);
+  if (arithmetic != Arithmetic::tiles) left.view.row = depth, left.view.depth = 1;
+  const int64_t block_bytes = block_bytes_of(left, arithmetic), height = pick_block_rows()(arithmetic);
+  char* data = static_cast<char*>(left.staged.data_ptr());
+  const Matrix source = matrix_of(a);
+  const auto one_block = pick_stage_block();
+  at::parallel_for(0, (rows + height - 1) / height, tasks_of(block_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) one_block(source, rows, depth, arithmetic, b, data + b * block_bytes);
+  });
   return left;
 }
 
 LeftOperand left_from_transposed(const at::Tensor& a, Arithmetic arithmetic) {
-  LeftOperand left = stage(a, a.size(1), a.size(0), arithmetic, pick_stage_block_transposed());
+  const int64_t depth = a.size(0), rows = a.size(1);
+  LeftOperand left = staged(rows, depth, arithmetic);
   if (arithmetic != Arithmetic::tiles) left.view.row = 1, left.view.depth = pick_block_rows()(arithmetic);
+  const int64_t block_bytes = block_bytes_of(left, arithmetic);
+  const Matrix source = matrix_of(a);
+  const auto one_chunk = pick_stage_chunk_transposed();
+  at::parallel_for(0, (depth + 31) / 32, tasks_of(rows * 32 * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      one_chunk(source, rows, depth, arithmetic, c, block_bytes, left.staged.data_ptr());
+  });
   return left;
 }
 
 RightOperand right_from_columns(const at::Tensor& b, Arithmetic arithmetic) {
-  return pack(b, b.size(0), b.size(1), arithmetic, pick_pack_panel_from_columns());
+  const int64_t cols = b.size(0), depth = b.size(1);
+  RightOperand right = unpacked(cols, depth, arithmetic);
+  const int64_t panel_bytes = right.view.panel_bytes, used = unpadded_panel_bytes(arithmetic, depth);
+  char* data = static_cast<char*>(right.packed.data_ptr());
+  const Matrix source = matrix_of(b);
+  const auto one_panel = pick_pack_panel_from_columns();
+  at::parallel_for(0, panels_of(cols), tasks_of(panel_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      one_panel(source, cols, depth, arithmetic, p, data + p * panel_bytes);
+      std::memset(data + p * panel_bytes + used, 0, panel_bytes - used);  // the same weight, the same bytes
+    }
+  });
+  return right;
 }
 
 RightOperand right_from_rows(const at::Tensor& b, Arithmetic arithmetic) {
-  return pack(b, b.size(1), b.size(0), arithmetic, pick_pack_panel_from_rows());
+  const int64_t depth = b.size(0), cols = b.size(1);
+  RightOperand right = unpacked(cols, depth, arithmetic);
+  const Matrix source = matrix_of(b);
+  const auto one_chunk = pick_pack_chunk_from_rows();
+  at::parallel_for(0, (depth + 31) / 32, tasks_of(cols * 32 * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      one_chunk(source, cols, depth, arithmetic, c, right.view.panel_bytes, right.packed.data_ptr());
+  });
+  return right;
 }
 
 Right right_of(const at::Tensor& packed, at::ScalarType storage, int64_t cols, int64_t depth) {

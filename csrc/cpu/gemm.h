@@ -6,7 +6,8 @@
 //   f32    [K][columns] floats
 //   pairs  [K][columns / 2] 32-bit words: column j is the low bf16, column j + columns / 2 the high one; a shift and a
 //          mask give two float vectors
-//   tiles  [K / 2][columns][2] bf16, the depth padded to a multiple of 32 with zeros: what the AMX tiles want
+//   tiles  [K / 32][2][16][16][2] bf16: AMX tiles of 32 depth by 16 columns, two consecutive depths a word; the depth
+//          is padded to a multiple of 32 with zeros
 // The columns of the last panel beyond N are zero. A is float for f32 and pairs, bf16 for tiles.
 #pragma once
 
@@ -64,22 +65,19 @@ ENGINE_KERNEL(void, product,
               (const engine::Left& left, const engine::Right& right, int64_t depth, const engine::Part& part,
                const engine::Out& out))
 
-// One panel of B from a matrix with the depth in its rows (a weight (N, K)) or in its columns (K, N).
+// B: one panel from a weight (N, K), or 32 rows of a matrix (K, N) to their places in all panels.
 ENGINE_KERNEL(void, pack_panel_from_columns,
               (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
                int64_t panel, void* out))
-ENGINE_KERNEL(void, pack_panel_from_rows,
+ENGINE_KERNEL(void, pack_chunk_from_rows,
               (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
-               int64_t panel, void* out))
+               int64_t chunk, int64_t panel_bytes, void* out))
 
-// One block of rows of A, laid out with depth 1 (32 for tiles) within each row: from a matrix (M, K), rounded to bf16 for
-// tiles, or with rows and depth exchanged: from a matrix (K, M).
+// A, rounded to bf16 for tiles: one block of rows from a matrix (M, K), or 32 rows of a matrix (K, M) to their places in
+// all blocks.
 ENGINE_KERNEL(void, stage_block,
               (const engine::Matrix& source, int64_t rows, int64_t depth, engine::Arithmetic arithmetic,
                int64_t block, void* out))
-ENGINE_KERNEL(void, stage_block_transposed,
+ENGINE_KERNEL(void, stage_chunk_transposed,
               (const engine::Matrix& source, int64_t rows, int64_t depth, engine::Arithmetic arithmetic,
-               int64_t block, void* out))
-
-// n elements, float <-> bf16, rounded to nearest even.
-ENGINE_KERNEL(void, convert, (const void* from, bool from_bf16, void* to, bool to_bf16, int64_t n))
+               int64_t chunk, int64_t block_bytes, void* out))

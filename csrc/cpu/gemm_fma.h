@@ -20,7 +20,7 @@ constexpr int kFmaRows = 6;
 #else
 constexpr int kFmaRows = 4;
 #endif
-constexpr int64_t kGroupBytes = ENGINE_LANES == 16 ? 768 * 1024 : 256 * 1024;  // of panels held in L2
+constexpr int64_t kGroupBytes = ENGINE_LANES == 16 ? 512 * 1024 : 256 * 1024;  // of panels held in L2
 
 // One rounding on every class that has the instruction, whatever the compiler would contract.
 ENGINE_INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
@@ -105,6 +105,15 @@ ENGINE_INLINE void store_one(const Out& out, int64_t at, float value) {
     static_cast<float*>(out.data)[at] = value;
 }
 
+ENGINE_INLINE void store_bf16(uint16_t* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(v);  // as store(), except that denormals become zero, as in the tiles
+  std::memcpy(p, &half, sizeof(half));
+#else
+  store(p, v);
+#endif
+}
+
 // Sums of a block, (rows, kPanel * panels) with `stride`, to C (with the bias, in C's type) and from C.
 static void store_sums(const float* sums, int64_t stride, const Out& out, const Part& part) {
   for (int64_t row = part.row0; row < part.row1; ++row, sums += stride) {
@@ -114,7 +123,7 @@ static void store_sums(const float* sums, int64_t stride, const Out& out, const 
       vfloat v = load(sums + j - part.col0);
       if (out.bias) v += load(out.bias + j);
       if (out.bf16)
-        store(static_cast<uint16_t*>(out.data) + at + j, v);
+        store_bf16(static_cast<uint16_t*>(out.data) + at + j, v);
       else
         store(static_cast<float*>(out.data) + at + j, v);
     }

@@ -142,34 +142,37 @@ static void pack_columns_tiles(const Matrix& source, int64_t cols, int64_t depth
         v[j] = col < cols ? bf16_pairs(source, col, k, depth - k) : vuint{};
       }
       transpose(v);
-      for (int i = 0; i < kLanes; ++i) store_words(out + (k / 2 + i) * kPanel + half * kLanes, v[i]);
+      for (int i = 0; i < kLanes; ++i) store_words(out + (k + half * kLanes + i) * kLanes, v[i]);
     }
 }
 
-static void pack_rows_f32(const Matrix& source, int64_t cols, int64_t depth, int64_t panel, float* out) {
+// Operands whose source has the depth in its rows are packed 32 of these rows at a time, all columns: rows are read from
+// end to end, where a panel alone would touch another page with each row.
+constexpr int64_t kRowsOfChunk = 32;
+
+static void pack_rows_f32(const Matrix& source, int64_t cols, int64_t panel, int64_t k0, int64_t k1, float* out) {
   const int64_t first = panel * kPanel;
-  for (int64_t k = 0; k < depth; ++k, out += kPanel) {
+  for (int64_t k = k0; k < k1; ++k, out += kPanel) {
     store(out, float_words(source, k, first, cols - first));
     store(out + kLanes, float_words(source, k, first + kLanes, cols - first - kLanes));
   }
 }
 
-static void pack_rows_pairs(const Matrix& source, int64_t cols, int64_t depth, int64_t panel, uint32_t* out) {
+static void pack_rows_pairs(const Matrix& source, int64_t cols, int64_t panel, int64_t k0, int64_t k1, uint32_t* out) {
   const int64_t first = panel * kPanel;
-  for (int64_t k = 0; k < depth; ++k, out += kLanes) {
+  for (int64_t k = k0; k < k1; ++k, out += kLanes) {
     const vuint low = bf16_words(source, k, first, cols - first);
     store_words(out, low | bf16_words(source, k, first + kLanes, cols - first - kLanes) << 16);
   }
 }
 
-static void pack_rows_tiles(const Matrix& source, int64_t cols, int64_t depth, int64_t panel, uint32_t* out) {
-  const int64_t padded = (depth + 31) / 32 * 32;
-  for (int64_t k = 0; k < padded; k += 2)
-    for (int half = 0; half < 2; ++half, out += kLanes) {
+static void pack_rows_tiles(const Matrix& source, int64_t cols, int64_t panel, int64_t k0, int64_t k1, uint32_t* out) {
+  for (int half = 0; half < 2; ++half)
+    for (int64_t even = k0; even < k0 + 32; even += 2, out += kLanes) {
       const int64_t col = panel * kPanel + half * kLanes;
-      const vuint even = k < depth ? bf16_words(source, k, col, cols - col) : vuint{};
-      const vuint odd = k + 1 < depth ? bf16_words(source, k + 1, col, cols - col) : vuint{};
-      store_words(out, even | odd << 16);
+      const vuint low = even < k1 ? bf16_words(source, even, col, cols - col) : vuint{};
+      const vuint high = even + 1 < k1 ? bf16_words(source, even + 1, col, cols - col) : vuint{};
+      store_words(out, low | high << 16);
     }
 }
 
@@ -191,33 +194,35 @@ static void stage_rows(const Matrix& source, int64_t rows, int64_t depth, bool t
         store_words(to, r < rows ? bf16_pairs(source, r, k + part, depth - k - part) : vuint{});
 }
 
-// A from a matrix (K, M): for tiles as above, through transposed pairs; otherwise [K][rows of a block] floats.
-static void stage_columns(const Matrix& source, int64_t rows, int64_t depth, bool tiles, int64_t block, void* out) {
-  if (!tiles) {
-    const int64_t first = block * kFmaRows;
-    float* to = static_cast<float*>(out);
-    for (int64_t k = 0; k < depth; ++k, to += kFmaRows) {
-      const int64_t at = k * source.stride + first;
-      for (int r = 0; r < kFmaRows; ++r) {
-        if (first + r >= rows) to[r] = 0.0f;
-        else if (source.bf16) to[r] = from_bf16(static_cast<const uint16_t*>(source.data)[at + r]);
-        else to[r] = static_cast<const float*>(source.data)[at + r];
-      }
+// A from a matrix (K, M), a chunk of its rows: [K][rows of a block] floats, or tiles as above from transposed pairs.
+static void stage_columns_f32(const Matrix& source, int64_t rows, int64_t block, int64_t k0, int64_t k1, float* out) {
+  const int64_t first = block * kFmaRows;
+  for (int64_t k = k0; k < k1; ++k, out += kFmaRows) {
+    const int64_t at = k * source.stride + first;
+    for (int r = 0; r < kFmaRows; ++r) {
+      if (first + r >= rows)
+        out[r] = 0.0f;
+      else if (source.bf16)
+        out[r] = from_bf16(static_cast<const uint16_t*>(source.data)[at + r]);
+      else
+        out[r] = static_cast<const float*>(source.data)[at + r];
     }
-    return;
   }
-  uint16_t* to = static_cast<uint16_t*>(out);
+}
+
+static void stage_columns_tiles(const Matrix& source, int64_t rows, int64_t block, int64_t k0, int64_t k1,
+                                uint16_t* out) {
   const int64_t first = block * kLanes;
-  for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+  for (int64_t k = k0; k < k0 + 32; k += 2 * kLanes) {
     vuint v[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       const int64_t even = k + 2 * i;
-      v[i] = even < depth ? bf16_words(source, even, first, rows - first) : vuint{};
-      if (even + 1 < depth) v[i] |= bf16_words(source, even + 1, first, rows - first) << 16;
+      v[i] = even < k1 ? bf16_words(source, even, first, rows - first) : vuint{};
+      if (even + 1 < k1) v[i] |= bf16_words(source, even + 1, first, rows - first) << 16;
     }
     transpose(v);
-    for (int r = 0; r < kLanes; ++r, to += 2 * kLanes) store_words(to, v[r]);
+    for (int r = 0; r < kLanes; ++r, out += 2 * kLanes) store_words(out, v[r]);
   }
 }
 
