@@ -70,6 +70,12 @@ class Model:
         return self.dtype if cpu_class() == "amx" else torch.float32
 
     @property
+    def batch_invariant(self) -> bool:
+        """A token's log-prob is a function of its own prefix and the weights alone, to the bit: the engine's own
+        kernels run. torch's products on the definitions sum in an order that depends on the batch."""
+        return kernels_usable()
+
+    @property
     def version(self) -> int:
         """How often the compute copy was made anew: two equal versions are the same weights."""
         return self.weights.version

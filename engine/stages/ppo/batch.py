@@ -59,6 +59,15 @@ class Rollouts:
         return torch.cat([c.logprobs for c in self.completions])
 
     @property
+    def entropy(self) -> Tensor:  # (N,)
+        """Of the distribution that each token was drawn from."""
+        return torch.cat([c.entropies for c in self.completions])
+
+    def sampled_from(self, version: int) -> bool:
+        """Every answer was sampled from this version of the weights."""
+        return all(c.weights_version == version for c in self.completions)
+
+    @property
     def ended(self) -> Tensor:  # (E,) bool
         """The answer ends with an end-of-sequence token; otherwise it was cut at its limit."""
         return torch.tensor([c.finish_reason == "stop" for c in self.completions])
@@ -78,8 +87,7 @@ class Rollouts:
 class Scores:
     """Every forward pass without gradient, and what the reward said."""
 
-    old_logprob: Tensor  # (N,) the policy's, by the training forward
-    entropy: Tensor  # (N,) of the policy's distribution
+    old_logprob: Tensor  # (N,) the policy's, to the bit those of the training forward
     ref_logprob: Tensor  # (N,)
     value: Tensor  # (N,) of the state before each token
     final_value: Tensor  # (E,) of the state after the last token

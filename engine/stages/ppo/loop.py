@@ -121,7 +121,7 @@ def timing(
 
 def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
     """With max_ratio_deviation, a sampler that disagrees with the trainer ends the run."""
-    deviation, limit = stats["parity/first_minibatch_ratio_deviation"], config.max_ratio_deviation
+    deviation, limit = stats.get("parity/first_minibatch_ratio_deviation", 0.0), config.max_ratio_deviation
     if limit is not None and deviation > limit:
         raise EngineError(
             f"parity: the first minibatch's ratio is {deviation:.3g} away from 1, max_ratio_deviation is {limit:g};"

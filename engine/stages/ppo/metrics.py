@@ -31,7 +31,6 @@ def episode_metrics(
     kl = segment_sums(rewards.kl, cu)
     log_ratio = segment_sums(scores.old_logprob - scores.ref_logprob, cu)
     penalty = -kl_coef * kl
-    difference = (scores.old_logprob - rollouts.behaviour_logprob).abs()
     score = scores.score.double()
     out = {
         "objective/kl": float(log_ratio.mean()),
@@ -42,16 +41,33 @@ def episode_metrics(
         "objective/rlhf_reward": float((penalty + rewards.paid_score.double()).mean()),
         "objective/scores": float(score.mean()),
         "objective/scores_std": float(score.std(unbiased=False)),
-        "policy/token_entropy": float(scores.entropy.mean()),
+        "policy/token_entropy": float(rollouts.entropy.mean()),
         "val/num_eos_tokens": float(rollouts.ended.sum()),
         "val/eos_rate": float(rollouts.ended.float().mean()),
         "val/explained_variance": explained_variance(scores.value, advantages.returns),
         "val/value_mean": float(scores.value.mean()),
         "val/returns_mean": float(advantages.returns.mean()),
-        "parity/max_abs_logprob_diff": float(difference.max()) if difference.numel() else 0.0,
-        "parity/mean_abs_logprob_diff": float(difference.mean()) if difference.numel() else 0.0,
         "completions/mean_length": float(lengths.mean()),
     }
     for percent in (0, 5, 25, 50, 75, 95, 100):
         out[f"completions/length_p{percent}"] = float(np.percentile(lengths, percent))
     return out
+
+
+def parity_metrics(
+    rollouts: Rollouts,
+    scores: Scores,
+    rows: Tensor,  # (M,)
+    logprob: Tensor,  # (M,)
+) -> dict[str, float]:
+    """The training forward before the first step (log-probs of these answer tokens) against what it should repeat:
+    the old log-probs, as a ratio, and the sampler's own log-probs. Zero says: to the bit."""
+    if rows.numel() == 0:
+        return {}
+    excess = torch.expm1((logprob - scores.old_logprob[rows]).double()).abs()
+    difference = (logprob - rollouts.behaviour_logprob[rows]).abs()
+    return {
+        "parity/first_minibatch_ratio_deviation": float(excess.max()),
+        "parity/max_abs_logprob_diff": float(difference.max()),
+        "parity/mean_abs_logprob_diff": float(difference.mean()),
+    }

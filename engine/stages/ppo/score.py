@@ -21,14 +21,20 @@ def score(
     temperature: float,
     budget: int,
 ) -> Scores:
-    """Old log-probs and entropy by the policy, the reference's log-probs, and values, at every answer token."""
+    """Old log-probs by the policy, the reference's log-probs, and values, at every answer token.
+
+    The old log-probs are the sampler's own where they are the training forward's to the bit: the policy is
+    batch-invariant and its weights are still those that sampled. Elsewhere the policy scores its answers again.
+    """
     cu = rollouts.cu.tolist()
-    columns = torch.empty(4, cu[-1])  # old log-prob, entropy, reference log-prob, value
+    rescore = not (policy.batch_invariant and rollouts.sampled_from(policy.version))
+    old_logprob = rollouts.behaviour_logprob.clone()
+    ref_logprob, value = torch.empty(cu[-1]), torch.empty(cu[-1])
     final_value = torch.empty(rollouts.num_episodes)
     for answers in micro_batches(rollouts, range(len(rollouts.prompts)), budget):
         rows = torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
-        columns[0, rows], columns[1, rows] = answer_logprobs(policy, answers, temperature)
-        columns[2, rows], _ = answer_logprobs(reference, answers, temperature)
-        columns[3, rows], final_value[answers.episodes] = answer_values(value_model, answers)
-    old_logprob, entropy, ref_logprob, value = columns
-    return Scores(old_logprob, entropy, ref_logprob, value, final_value, reward)
+        if rescore:
+            old_logprob[rows], _ = answer_logprobs(policy, answers, temperature)
+        ref_logprob[rows], _ = answer_logprobs(reference, answers, temperature)
+        value[rows], final_value[answers.episodes] = answer_values(value_model, answers)
+    return Scores(old_logprob, ref_logprob, value, final_value, reward)

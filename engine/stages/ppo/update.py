@@ -18,6 +18,7 @@ from engine.run.optim import Optimizer, global_norm
 from engine.run.streams import generator
 from engine.stages.ppo.batch import Advantages, Rollouts, Scores
 from engine.stages.ppo.forward import Answers, answer_logprobs, answer_values, micro_batches
+from engine.stages.ppo.metrics import parity_metrics
 from engine.stages.ppo.ptx import backward_lm_loss
 
 
@@ -88,8 +89,8 @@ def policy_backward(
     count: int,
     config: PPOConfig,
     means: Means,
-) -> float:
-    """Adds the policy gradient of one micro-batch; returns max |ratio - 1|."""
+) -> Tensor:  # (M,)
+    """Adds the policy gradient of one micro-batch; returns its log-probs."""
     logprob, entropy = answer_logprobs(policy, answers, config.temperature)
     old = targets.scores.old_logprob[rows]
     advantage = targets.advantages.advantage[rows]
@@ -97,15 +98,14 @@ def policy_backward(
         logprob, old, advantage, clip=config.cliprange, denominator=float(count)
     )
     loss.backward()  # type: ignore[no-untyped-call]
-    n = rows.numel()
+    n, logprob = rows.numel(), logprob.detach()
     if n == 0:
-        return 0.0
-    with torch.no_grad():
-        excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
+        return logprob
+    excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
     means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.detach().mean())
     means.add(n, clipfrac=stats["clipfrac"], approxkl=stats["approxkl"])
     means.add(n, excess=excess.mean(), excess_squared=excess.square().mean())
-    return float(excess.abs().max())
+    return logprob
 
 
 def value_backward(
@@ -155,7 +155,8 @@ def add_ptx_gradient(
 def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, float]:
     """One iteration's optimizer steps; returns its metrics (means over real tokens)."""
     rollouts, cu, means = targets.rollouts, targets.rollouts.cu.tolist(), Means()
-    first_deviation, skipped = 0.0, 0
+    parity: dict[str, float] = {}
+    skipped = 0
     plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
     for number, prompts in plan:
         learner.policy_optimizer.zero_grad()
@@ -163,16 +164,18 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
         cuts = micro_batches(rollouts, prompts, config.micro_batch_tokens)
         rows = [token_rows(cu, answers) for answers in cuts]
         count = sum(r.numel() for r in rows)
+        seen = []
         for answers, r in zip(cuts, rows, strict=True):
-            deviation = policy_backward(learner.policy, targets, answers, r, count, config, means)
+            seen.append(policy_backward(learner.policy, targets, answers, r, count, config, means))
             value_backward(learner.value, targets, answers, r, count, config, means)
-            first_deviation = max(first_deviation, deviation) if number == 0 else first_deviation
+        if number == 0:
+            parity = parity_metrics(rollouts, targets.scores, torch.cat(rows), torch.cat(seen))
         means.add(1, ppo_grad_norm=learner.policy_optimizer.grad_norm())
         share = targets.ptx_rows[number :: len(plan)]
         if share and config.ptx_coef > 0:
             add_ptx_gradient(learner.policy, share, config, means)
         skipped += step(learner, targets, config, means)
-    return metrics(means, first_deviation, skipped, learner)
+    return metrics(means, skipped) | parity
 
 
 def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) -> int:
@@ -191,9 +194,7 @@ def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) ->
     return int(policy.skipped) + int(value.skipped)
 
 
-def metrics(
-    means: Means, first_deviation: float, skipped: int, learner: Learner
-) -> dict[str, float]:
+def metrics(means: Means, skipped: int) -> dict[str, float]:
     """TRL's names, over real tokens only."""
     names = {
         "loss/policy_avg": "policy_loss",
@@ -212,6 +213,5 @@ def metrics(
     if "excess" in means.sums:
         out["val/ratio"] = 1.0 + means["excess"]
         out["val/ratio_var"] = max(means["excess_squared"] - means["excess"] ** 2, 0.0)
-    out["parity/first_minibatch_ratio_deviation"] = first_deviation
     out["policy/skipped_steps"] = float(skipped)
     return out
