@@ -131,8 +131,12 @@ def run(config: RunConfig) -> None:
 
 
 def settle_machine(config: RunConfig) -> None:
-    """Before torch starts its threads: which CPU kernels, and no spinning that collapses when a core is taken."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    """Before torch starts its threads: which CPU kernels, how many threads, memory in large pages.
+
+    OpenMP's waiting stays at its default, spinning for a bounded time: threads that sleep at once made a step
+    twice as long on a virtual machine, where waking one takes long (bench/LOG.md).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.cpu_class:
         os.environ["ENGINE_CPU_CLASS"] = config.cpu_class
