@@ -1,15 +1,19 @@
 """What the README shows is executed: its commands parse, its tree exists, its names are there."""
 
+import io
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_layout import tracked
 
 import engine
 from engine.config import STAGES
+from engine.demo import closing
 from engine.train import parse, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,3 +107,27 @@ def test_the_tree_is_the_tree():
     shown = [path for path in paths if not path.endswith("/")]
     unseen = sorted(f for f in files if f not in shown)
     assert not unseen, f"not in the README's tree: {unseen}"
+
+
+def excerpt() -> str:
+    """The demo's closing tables, of the recorded run, as a terminal of 92 columns shows them."""
+    found = json.loads((ROOT / "bench/results/demo.json").read_text())
+    console = Console(file=io.StringIO(), width=92, color_system=None, legacy_windows=False)
+    for table in (closing.outcome(found), closing.times(found), closing.examples(found)):
+        console.print(table)
+    shown = console.file.getvalue()
+    return "\n".join(line.rstrip() for line in shown.splitlines())
+
+
+def test_what_comes_out_is_the_recorded_run():
+    assert f"```\n{excerpt()}\n```" in TEXT
+
+
+def test_the_line_on_human_data_is_the_recorded_run():
+    found = json.loads((ROOT / "bench/results/human-amx.json").read_text())["reward_model"]
+    said = re.search(r"orders (0\.\d+) ± (0\.\d+) of held-out pairs as people did", TEXT)
+    assert said, "the README does not say where the reward model stands"
+    assert [float(x) for x in said.groups()] == [
+        round(found["accuracy"], 3),
+        round(found["accuracy_stderr"], 3),
+    ]

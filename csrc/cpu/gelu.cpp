@@ -1,8 +1,7 @@
 // The Gaussian error linear unit; the equations are in kernels/gelu.py.
 #include "activation.h"
-#include "dispatch.h"
+#include "row_kernels.h"
 
-ENGINE_KERNEL(void, gelu_elements, (const void* x, int64_t size, bool bf16, bool tanh, void* out))
 ENGINE_KERNEL(void, gelu_elements_backward,
               (const void* grad, const void* x, int64_t size, bool bf16, bool tanh, void* grad_x))
 

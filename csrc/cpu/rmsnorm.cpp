@@ -1,10 +1,7 @@
 // Root-mean-square normalisation; the equation is in kernels/rmsnorm.py.
 #include "activation.h"
-#include "dispatch.h"
+#include "row_kernels.h"
 
-ENGINE_KERNEL(void, rmsnorm_rows,
-              (const void* x, bool x_bf16, const float* weight, int64_t rows, int64_t width, float eps, void* out,
-               bool out_bf16, float* rstd))
 ENGINE_KERNEL(void, rmsnorm_rows_backward,
               (const void* grad, bool grad_bf16, const void* x, bool x_bf16, const float* weight, const float* rstd,
                int64_t rows, int64_t width, void* grad_x, float* grad_weight))

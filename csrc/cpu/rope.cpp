@@ -1,10 +1,6 @@
 // Rotary position embedding; the equation is in kernels/rope.py.
 #include "activation.h"
-#include "dispatch.h"
-
-ENGINE_KERNEL(void, rope_token,
-              (const void* x, bool bf16, const float* angles, int64_t heads, int64_t size, int64_t rot, float sign,
-               void* out))
+#include "row_kernels.h"
 
 #ifdef ENGINE_CLASS
 namespace engine::ENGINE_CLASS {

@@ -1,8 +1,7 @@
 // silu(gate) * up; the equation is in kernels/swiglu.py.
 #include "activation.h"
-#include "dispatch.h"
+#include "row_kernels.h"
 
-ENGINE_KERNEL(void, swiglu_elements, (const void* gate, const void* up, int64_t size, bool bf16, void* out))
 ENGINE_KERNEL(void, swiglu_elements_backward,
               (const void* grad, const void* gate, const void* up, int64_t size, bool bf16, void* grad_gate,
                void* grad_up))

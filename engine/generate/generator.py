@@ -1,11 +1,9 @@
-"""Prefill, decode and the loop around them: prompts in, sampled sequences out, on one set of
-weights.
+"""The loop around prefill and decode: prompts in, sampled sequences out, on one set of weights.
 
-Letters: N packed prompt tokens, R rows of a decode step (one a running sequence), H hidden.
+Letters: R rows of a decode step (one a running sequence), H hidden.
 
-``prefill`` runs whole prompts as one packed ragged batch and keeps their keys and values;
-``decode`` runs one token of each running sequence. Both are
-``engine.model.transformer.hidden_states`` and differ in where attention finds its keys. A token's
+Prefill runs whole prompts as one packed ragged batch and keeps their keys and values; decode runs
+one token of each running sequence (steps.py). A token's
 log-prob is a function of its own prefix and the weights alone, and its random number of (seed,
 episode, position) alone: the batch, the slot and the order of prompts change nothing.
 """
@@ -19,15 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.data.pack import last_rows, pack_sequences
 from engine.errors import ConfigError
-from engine.generate.cache import PAGE, PageCache, page_bytes, prompt_slots
-from engine.generate.sampling import Sampling, draw, filtered_law
+from engine.generate.cache import PAGE, PageCache, page_bytes
+from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Admission, Limits, Request, Scheduler, Start
-from engine.kernels.attention import attention
-from engine.kernels.attention_decode import attention_decode
-from engine.kernels.linear_sample import linear_sample
-from engine.model.transformer import Model, hidden_states, logits
+from engine.generate.steps import Drawn, Rows, Steps, steps_for
+from engine.model.transformer import Model
 from engine.run import streams
 
 FinishReason = Literal["stop", "length"]
@@ -51,25 +46,6 @@ class Generated:
     weights_version: int
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One decode step's input: the last token of each running sequence, and where its keys are."""
-
-    tokens: Tensor  # (R,) int64
-    positions: Tensor  # (R,) int64
-    page_table: Tensor  # (R, pages) int32; entries behind a sequence's length are never read
-    lengths: Tensor  # (R,) int32, positions + 1
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One token a row, with its log-prob and the entropy of the law it was drawn from."""
-
-    tokens: Tensor  # (R,) int64
-    logprobs: Tensor  # (R,) float32
-    entropies: Tensor  # (R,) float32
-
-
 @dataclass
 class _Sequence:
     """A running sequence: what the scheduler said, and what has been drawn so far."""
@@ -80,46 +56,6 @@ class _Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
-
-
-def prefill(
-    model: Model, cache: PageCache, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
-) -> Tensor:  # (P, H)
-    """Run P prompts as one packed batch and write their keys and values into their ``pages``.
-
-    Returns the hidden row of each prompt's last token, the only one that the head has to see.
-    """
-    batch = pack_sequences(prompts)
-    slots = torch.cat([prompt_slots(p, len(t)) for p, t in zip(pages, prompts, strict=True)])
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, slots, k, v)
-        return attention(q, k, v, batch.cu_seqlens)
-
-    hidden = hidden_states(model, batch.tokens, batch.positions, attend)
-    return hidden[last_rows(batch)]
-
-
-def decode(model: Model, cache: PageCache, rows: Rows) -> Tensor:  # (R, H)
-    """Run one token of each sequence, its key and value written into its page. Returns its hidden
-    row.
-    """
-    page = rows.page_table.gather(1, (rows.positions // PAGE)[:, None]).squeeze(1)
-    slots = page.long() * PAGE + rows.positions % PAGE
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, slots, k, v)
-        pages = cache.keys[layer], cache.values[layer]
-        return attention_decode(q, *pages, rows.page_table, rows.lengths)
-
-    return hidden_states(model, rows.tokens, rows.positions, attend)
-
-
-def next_tokens(model: Model, hidden: Tensor, uniform: Tensor, settings: Sampling) -> Drawn:
-    """Draw a token for each hidden row (R, H) by its uniform (R,), from the law of ``settings``."""
-    if settings.filters:
-        return Drawn(*draw(filtered_law(logits(model, hidden), settings), uniform))
-    return Drawn(*linear_sample(hidden, model.head, uniform, settings.temperature))
 
 
 @torch.no_grad()
@@ -164,7 +100,9 @@ def generate(
         PAGE,
     )
     cache = PageCache(layers, scheduler.num_pages, kv_heads, head_dim, model.act_dtype)
-    run = _Run(model, cache, scheduler, settings, eos_ids, seed)
+    longest = max((len(prompt) for prompt in prompts), default=0) + settings.max_new_tokens
+    steps = steps_for(model, cache, settings, longest)
+    run = _Run(steps, cache, scheduler, settings, eos_ids, seed)
     while not scheduler.done:
         run.start(scheduler.admit(), prompts, episodes, n)
         run.step()
@@ -189,14 +127,14 @@ class _Run:
 
     def __init__(
         self,
-        model: Model,
+        steps: Steps,
         cache: PageCache,
         scheduler: Scheduler,
         settings: Sampling,
         eos_ids: frozenset[int],
         seed: int,
     ) -> None:
-        self._model, self._cache, self._scheduler = model, cache, scheduler
+        self._steps, self._cache, self._scheduler = steps, cache, scheduler
         self._settings, self._eos_ids, self._seed = settings, eos_ids, seed
         self._running: list[_Sequence] = []
         self._table = torch.empty(0, 0, dtype=torch.int32)  # (R, pages) of the running ones
@@ -214,7 +152,7 @@ class _Run:
         if admission.prefills:
             requests = [prefill.request for prefill in admission.prefills]
             pages = [prefill.pages for prefill in admission.prefills]
-            rows = prefill(self._model, self._cache, [prompts[i] for i in requests], pages)
+            rows = self._steps.prefill([prompts[i] for i in requests], pages)
             self._prompt_rows.update(zip(requests, rows, strict=True))
         if not admission.starts:
             return
@@ -229,7 +167,7 @@ class _Run:
         for start in admission.starts:
             if start.sample == n - 1:
                 del self._prompt_rows[start.request]
-        self._append(started, hidden)
+        self._append(started, self._steps.draw(hidden, self._uniform(started)))
         self._running += started
         self._drop_ended()
 
@@ -239,17 +177,17 @@ class _Run:
             return
         positions = torch.tensor([s.prompt_length + len(s.tokens) - 1 for s in self._running])
         tokens = torch.tensor([s.tokens[-1] for s in self._running])
-        rows = Rows(tokens, positions, self._table, (positions + 1).int())
-        self._append(self._running, decode(self._model, self._cache, rows))
+        rows = Rows(tokens, positions, self._table)
+        self._append(self._running, self._steps.decode(rows, self._uniform(self._running)))
         self._drop_ended()
 
-    def _append(self, sequences: list[_Sequence], hidden: Tensor) -> None:
-        """Draw the next token of each sequence from its hidden row."""
-        episodes = [s.episode_id for s in sequences]
-        uniform = streams.uniform(
-            self._seed, "sample", episodes, [len(s.tokens) for s in sequences]
-        )
-        drawn = next_tokens(self._model, hidden, torch.from_numpy(uniform), self._settings)
+    def _uniform(self, sequences: list[_Sequence]) -> Tensor:  # (R,) float64
+        """The random number that each sequence's next token is drawn by."""
+        episodes, lengths = [s.episode_id for s in sequences], [len(s.tokens) for s in sequences]
+        return torch.from_numpy(streams.uniform(self._seed, "sample", episodes, lengths))
+
+    def _append(self, sequences: list[_Sequence], drawn: Drawn) -> None:
+        """Each sequence's next token."""
         values = drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.entropies.tolist()
         for sequence, token, logprob, entropy in zip(sequences, *values, strict=True):
             sequence.tokens.append(token)

@@ -107,9 +107,13 @@ class Weights:
         """A vector that not every family has, such as a bias."""
         return self._through(name) if name in self.specs else None
 
+    def table(self, name: str) -> Tensor:  # (rows, H)
+        """The compute copy of a table of vectors, in its storage dtype."""
+        return self._packed[name].dense if name in self._packed else self._plain[name]
+
     def lookup(self, name: str, ids: Tensor) -> Tensor:  # (N,) int64 -> (N, H) float32
         """Rows of a table; the gradient is added up by row into the master."""
-        dense = self._packed[name].dense if name in self._packed else self._plain[name]
+        dense = self.table(name)
         rows: Tensor = _Lookup.apply(ids, dense, self.master(name))  # type: ignore[no-untyped-call]
         return rows
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import engine
 from engine import ops
-from engine.generate import generator
+from engine.generate import steps
 from engine.kernels._backend import kernels_usable
 from engine.kernels.attention_decode import attention_decode
 from engine.stages.ppo import score
@@ -248,7 +248,8 @@ def test_another_order_of_sums_shows_as_parity(models, data, tmp_path, monkeypat
         with ops.backend("reference"):
             return attention_decode(*arguments, **options)
 
-    monkeypatch.setattr(generator, "attention_decode", elsewise)
+    monkeypatch.setattr(steps, "kernels_usable", lambda: False)  # layer by layer
+    monkeypatch.setattr(steps, "attention_decode", elsewise)
     rollouts = ppo.rollout(PROMPTS)
     stats = ppo.step(rollouts, [0.0] * 8)
     assert 0.0 < stats["parity/max_abs_logprob_diff"] < 1e-4

@@ -1,0 +1,261 @@
+// All layers of the network for the new rows of some sequences over cache pages, the head and the sampler: one parallel
+// region. The contract is in kernels/transformer_step.py; every piece of arithmetic is an op's own row function.
+#ifndef ENGINE_CLASS
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention_host.h"
+#include "logprob_at.h"
+#include "row_kernels.h"
+#include "team.h"
+#include "transformer_step.h"
+
+namespace engine {
+namespace {
+
+constexpr int64_t kRowsPerTask = 4, kBlocksPerTask = 4, kBytesPerTask = 1 << 16, kTasksPerThread = 6;
+
+// What a step reads and writes, and the phases that every thread goes through.
+class Step {
+ public:
+  Step(const Network& network, const Sequences& sequences, const Cache& cache)
+      : net_(network), seq_(sequences), cache_(cache), rows_(sequences.rows()), bf16_(cache.bf16) {
+    const int64_t heads = net_.query_heads * net_.head_size, keys = net_.key_heads * net_.head_size;
+    residual_ = floats(rows_, net_.hidden), addend_ = floats(rows_, net_.hidden);
+    normed_ = operand(rows_, net_.hidden), inner_ = operand(rows_, net_.inner), mixed_ = operand(rows_, heads);
+    query_ = plain(rows_, heads), key_ = plain(rows_, keys), value_ = plain(rows_, keys);
+    attended_ = plain(rows_, heads);
+    up_ = plain(rows_, net_.inner);
+    if (net_.gated) gate_ = plain(rows_, net_.inner);
+    const Heads shape = this->heads();
+    for (int64_t s = 0; s < seq_.count; ++s)
+      for (int64_t h = 0; h < net_.key_heads; ++h)
+        for (int64_t t = 0; t < seq_.new_rows(s); t += shape.chunk_tokens()) {
+          const int64_t tokens = std::min(shape.chunk_tokens(), seq_.new_rows(s) - t);
+          attention_.push_back({s, h, Rows{seq_.begin(s) + t, tokens, seq_.start(s) + t + 1}});
+        }
+    const auto work = [&](const AttentionTask& t) { return t.rows.tokens * (t.rows.visible + t.rows.tokens / 2); };
+    std::stable_sort(attention_.begin(), attention_.end(),
+                     [&](const AttentionTask& a, const AttentionTask& b) { return work(a) > work(b); });
+    scratch_ = floats(at::get_num_threads(), (attention_scratch(shape) + 15) / 16 * 16);
+  }
+
+  // The rows through all layers; `last` gets the final norm of each sequence's last row.
+  void run(Team& team, int thread, const Activation& last) {
+    embed(team);
+    for (const Layer& layer : net_.layers) {
+      rows(team, [&](int64_t r) {
+        if (&layer != &net_.layers.front()) add_to_residual(r);
+        norm(layer.input, residual_.at(r), normed_.at(r));
+      });
+      products(team, normed_, {{&layer.q, &query_}, {&layer.k, &key_}, {&layer.v, &value_}});
+      rows(team, [&](int64_t r) { rotate_and_store(layer, r); });
+      attend(team, thread, layer);
+      const bool in_place = readable(attended_);
+      if (!in_place) rows(team, [&](int64_t r) { std::memcpy(mixed_.at(r), attended_.at(r), attended_.bytes()); });
+      products(team, in_place ? attended_ : mixed_, {{&layer.o, &addend_}});
+      rows(team, [&](int64_t r) {
+        if (!net_.parallel_residual) add_to_residual(r);
+        norm(layer.inner, residual_.at(r), normed_.at(r));
+        if (net_.parallel_residual) add_to_residual(r);
+      });
+      if (net_.gated)
+        products(team, normed_, {{&layer.gate, &gate_}, {&layer.up, &up_}});
+      else
+        products(team, normed_, {{&layer.up, &up_}});
+      rows(team, [&](int64_t r) { activate(r); });
+      products(team, inner_, {{&layer.down, &addend_}});
+    }
+    team.each(seq_.count, [&](int64_t s) {
+      const int64_t r = seq_.begin(s + 1) - 1;
+      add_to_residual(r);
+      norm(net_.last, residual_.at(r), last.at(s));
+    });
+  }
+
+  // Statistics of the head's blocks, then a token, its log-prob and entropy for each row of `hidden`.
+  void sample(Team& team, const Head& head, const Drawn& drawn) const {
+    const int64_t count = seq_.count, blocks = vocabulary_blocks(head.vocabulary);
+    const auto statistics = pick_logprob_statistics();
+    team.each((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t i) {
+      const int64_t begin = i * kBlocksPerTask, end = std::min(begin + kBlocksPerTask, blocks);
+      statistics(head, 0, count, begin, end, nullptr, drawn.statistics, nullptr);
+    });
+    const auto draw = pick_sample_token();
+    const auto finish = pick_logprob_finish();
+    team.each(count, [&](int64_t r) {
+      const BlockStatistics* of_row = drawn.statistics + r * blocks;
+      float z = 0.0f;
+      drawn.token[r] = draw(head, r, count, of_row, drawn.uniform[r], &z);
+      finish(of_row, blocks, 1, &z, {drawn.logprob + r, drawn.entropy + r, nullptr, nullptr});
+    });
+  }
+
+ private:
+  struct AttentionTask {
+    int64_t sequence, key_head;
+    Rows rows;
+  };
+  struct Target {
+    const Linear* weight;
+    const Activation* out;
+  };
+
+  Heads heads() const { return {bf16_, net_.query_heads, net_.key_heads, net_.head_size}; }
+  Activation plain(int64_t rows, int64_t width) const { return Activation(rows, width, width, bf16_); }
+  Activation operand(int64_t rows, int64_t width) const { return operand_rows(rows, width, bf16_, net_.arithmetic); }
+  static Activation floats(int64_t rows, int64_t width) { return Activation(rows, width, width, false); }
+
+  // Rows that lie as they come can be read by tiles if they are whole steps of the depth, and not all in one cache set.
+  bool readable(const Activation& a) const {
+    return net_.arithmetic != Arithmetic::tiles || (a.width % 32 == 0 && a.stride % 2048 != 0);
+  }
+
+  template <typename Run>
+  void rows(Team& team, Run run) const {
+    team.each((rows_ + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t i) {
+      for (int64_t r = i * kRowsPerTask; r < std::min((i + 1) * kRowsPerTask, rows_); ++r) run(r);
+    });
+  }
+
+  void embed(Team& team) const {
+    rows(team, [&](int64_t r) {
+      float* x = static_cast<float*>(residual_.at(r));
+      const Table tokens{&net_.tokens};
+      tokens.each(seq_.token[r], [&](int64_t i, float value) { x[i] = value; });
+      if (!net_.positions) return;
+      const Table positions{&*net_.positions};
+      positions.each(seq_.position[r], [&](int64_t i, float value) { x[i] += value; });
+    });
+  }
+
+  void add_to_residual(int64_t r) const {
+    float* x = static_cast<float*>(residual_.at(r));
+    const float* more = static_cast<const float*>(addend_.at(r));
+    for (int64_t i = 0; i < net_.hidden; ++i) x[i] += more[i];
+  }
+
+  void norm(const Norm& norm, const void* x, void* out) const {
+    float mean, rstd;
+    if (net_.rms)
+      pick_rmsnorm_rows()(x, false, norm.weight, 1, net_.hidden, net_.eps, out, bf16_, &rstd);
+    else
+      pick_layernorm_rows()(x, false, norm.weight, norm.bias, 1, net_.hidden, net_.eps, out, bf16_, &mean, &rstd);
+  }
+
+  // Every product of a phase, cut into tasks: columns for few rows, so that each thread reads weights of its own.
+  void products(Team& team, const Activation& from, std::initializer_list<Target> targets) const {
+    const int64_t width = pick_panel_columns()(), height = 32 * pick_block_rows()(net_.arithmetic);
+    const int64_t row_parts = (rows_ + height - 1) / height;
+    int64_t bytes = 0, first[4] = {0, 0, 0, 0}, pairs[3], number = 0;
+    for (const Target& t : targets) bytes += panels_of(t.weight->cols) * t.weight->right.panel_bytes;
+    const int64_t share = std::max(kBytesPerTask, bytes * row_parts / (kTasksPerThread * team.size()));
+    for (const Target& t : targets) {  // a task: `pairs` pairs of panels
+      const int64_t all = (panels_of(t.weight->cols) + 1) / 2;
+      pairs[number] = std::clamp<int64_t>(share / (2 * t.weight->right.panel_bytes + 1), 1, all);
+      first[number + 1] = first[number] + row_parts * ((all + pairs[number] - 1) / pairs[number]);
+      ++number;
+    }
+    const Left left = from.left(rows_, net_.arithmetic);
+    const auto run = pick_product();
+    team.each(first[number], [&](int64_t i) {
+      int64_t n = 0;
+      while (i >= first[n + 1]) ++n;
+      const Target& t = targets.begin()[n];
+      const int64_t r = (i - first[n]) % row_parts, c = (i - first[n]) / row_parts, step = 2 * pairs[n] * width;
+      const Part part{r * height, std::min((r + 1) * height, rows_), c * step,
+                      std::min((c + 1) * step, t.weight->cols)};
+      run(left, t.weight->right, t.weight->depth, part,
+          {t.out->data, t.out->bf16, t.out->stride, false, t.weight->bias});
+    });
+  }
+
+  void rotate_and_store(const Layer& layer, int64_t r) const {
+    void *q = query_.at(r), *k = key_.at(r);
+    const int64_t size = net_.head_size;
+    float rstd[kMaxHeads];
+    if (layer.q_norm) {
+      pick_rmsnorm_rows()(q, bf16_, layer.q_norm, net_.query_heads, size, net_.eps, q, bf16_, rstd);
+      pick_rmsnorm_rows()(k, bf16_, layer.k_norm, net_.key_heads, size, net_.eps, k, bf16_, rstd);
+    }
+    const int64_t offset = seq_.slot(r, cache_.page) * key_.bytes();
+    char *keys = static_cast<char*>(layer.keys) + offset, *values = static_cast<char*>(layer.values) + offset;
+    if (net_.rotated > 0) {
+      const float* angles = net_.angles.const_data_ptr<float>() + seq_.position[r] * net_.rotated;
+      pick_rope_token()(q, bf16_, angles, net_.query_heads, size, net_.rotated, 1.0f, q);
+      pick_rope_token()(k, bf16_, angles, net_.key_heads, size, net_.rotated, 1.0f, k);
+    }
+    std::memcpy(keys, k, key_.bytes());
+    std::memcpy(values, value_.at(r), value_.bytes());
+  }
+
+  void attend(Team& team, int thread, const Layer& layer) const {
+    const Attention job{query_.data, layer.keys, layer.values, attended_.data, nullptr};
+    const Heads shape = heads();
+    const auto run = pick_attention_rows();
+    float* scratch = static_cast<float*>(scratch_.at(thread));
+    team.each(static_cast<int64_t>(attention_.size()), [&](int64_t i) {
+      const AttentionTask& task = attention_[i];
+      run(job, shape, Keys{0, 0, 0, seq_.pages(task.sequence), cache_.page}, task.rows, task.key_head, scratch);
+    });
+  }
+
+  void activate(int64_t r) const {
+    if (net_.gated)
+      pick_swiglu_elements()(gate_.at(r), up_.at(r), net_.inner, bf16_, inner_.at(r));
+    else
+      pick_gelu_elements()(up_.at(r), net_.inner, bf16_, net_.gelu_tanh, inner_.at(r));
+  }
+
+  const Network& net_;
+  const Sequences& seq_;
+  const Cache& cache_;
+  int64_t rows_;
+  bool bf16_;
+  Activation residual_, addend_, normed_, inner_, mixed_, query_, key_, value_, attended_, up_, gate_, scratch_;
+  std::vector<AttentionTask> attention_;
+};
+
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu,
+                      const at::Tensor& page_table, at::TensorList keys, at::TensorList values,
+                      const Weights& weights, at::IntArrayRef shape, double eps,
+                      const std::optional<at::Tensor>& uniform, double temperature) {
+  const Network net = network_of(weights, shape, eps, keys, values);
+  const Cache cache{keys[0].size(1), keys[0].scalar_type() == at::kBFloat16};
+  const Sequences sequences = sequences_of(tokens, positions, cu, page_table, net, keys[0].size(0), cache.page);
+  const int64_t count = sequences.count;
+  const auto options = at::TensorOptions().dtype(at::kFloat);
+  const Activation last = operand_rows(count, net.hidden, cache.bf16, net.arithmetic);
+  const int64_t drawn = uniform ? count : 0;
+  at::Tensor token = at::empty({drawn}, at::kLong), logprob = at::empty({drawn}, options);
+  at::Tensor entropy = at::empty({drawn}, options), statistics;
+  Step step(net, sequences, cache);
+  Drawn results{};
+  Head head{last.left(count, net.arithmetic), net.head, net.hidden, net.vocabulary, nullptr,
+            static_cast<float>(1.0 / temperature)};
+  if (uniform) {
+    check_uniform(*uniform, count, temperature);
+    statistics = at::empty({count, vocabulary_blocks(net.vocabulary), 3}, options);
+    results = {uniform->const_data_ptr<double>(), reinterpret_cast<BlockStatistics*>(statistics.data_ptr<float>()),
+               token.data_ptr<int64_t>(), logprob.data_ptr<float>(), entropy.data_ptr<float>()};
+  }
+  if (count > 0)
+    Team::gather([&](Team& team, int thread) {
+      step.run(team, thread, last);
+      if (uniform) step.sample(team, head, results);
+    });
+  for (int64_t r = 0; r < drawn; ++r)
+    TORCH_CHECK_VALUE(results.token[r] >= 0, "row ", r, ": its logits are all -inf or hold nan, want a distribution");
+  return {last.tensor(count).clone(), token, logprob, entropy};
+}
+
+}  // namespace
+}  // namespace engine
+
+TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("transformer_step", &engine::transformer_step); }
+#endif

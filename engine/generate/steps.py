@@ -1,0 +1,142 @@
+"""What one model runs for a batch of sequences: whole prompts (prefill), or one token each and the next one's draw.
+
+On the engine's kernels a step is one call (``transformer_step``); without them it is the network's definition,
+layer by layer. Both keep keys and values in the same pages, and both follow the same law.
+
+Letters: N packed prompt tokens, P prompts, R rows of a decode step (one a running sequence), H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.data.pack import last_rows, pack_sequences
+from engine.generate.cache import PAGE, PageCache, prompt_slots
+from engine.generate.sampling import Sampling, draw, filtered_law
+from engine.kernels._backend import kernels_usable
+from engine.kernels.attention import attention
+from engine.kernels.attention_decode import attention_decode
+from engine.kernels.linear_sample import linear_sample
+from engine.kernels.transformer_step import TransformerStep
+from engine.model.network import step_network
+from engine.model.transformer import Model, hidden_states, logits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One decode step's input: the last token of each running sequence, and where its keys are."""
+
+    tokens: Tensor  # (R,) int64
+    positions: Tensor  # (R,) int64
+    page_table: Tensor  # (R, pages) int32; entries behind a sequence's length are never read
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row, with its log-prob and the entropy of the law it was drawn from."""
+
+    tokens: Tensor  # (R,) int64
+    logprobs: Tensor  # (R,) float32
+    entropies: Tensor  # (R,) float32
+
+
+class Steps(Protocol):
+    """A model over one cache."""
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
+    ) -> Tensor:  # (P, H)
+        """Run P prompts as one packed batch and write their keys and values into their ``pages``.
+
+        Returns the hidden row of each prompt's last token, the only one that the head has to see.
+        """
+
+    def decode(self, rows: Rows, uniform: Tensor) -> Drawn:
+        """Run one token of each sequence, its key and value written into its page, and draw the
+        next one by ``uniform`` (R,)."""
+
+    def draw(self, hidden: Tensor, uniform: Tensor) -> Drawn:
+        """Draw a token for each hidden row (R, H) by its uniform (R,)."""
+
+
+def steps_for(model: Model, cache: PageCache, settings: Sampling, longest: int) -> Steps:
+    """For sequences of at most ``longest`` tokens."""
+    if kernels_usable():
+        return KernelSteps(model, cache, settings, longest)
+    return DefinedSteps(model, cache, settings)
+
+
+class DefinedSteps:
+    """Layer by layer, as the network is defined."""
+
+    def __init__(self, model: Model, cache: PageCache, settings: Sampling) -> None:
+        self._model, self._cache, self._settings = model, cache, settings
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
+    ) -> Tensor:  # (P, H)
+        batch = pack_sequences(prompts)
+        slots = torch.cat([prompt_slots(p, len(t)) for p, t in zip(pages, prompts, strict=True)])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._cache.write(layer, slots, k, v)
+            return attention(q, k, v, batch.cu_seqlens)
+
+        hidden = hidden_states(self._model, batch.tokens, batch.positions, attend)
+        return hidden[last_rows(batch)]
+
+    def decode(self, rows: Rows, uniform: Tensor) -> Drawn:
+        cache, lengths = self._cache, (rows.positions + 1).int()
+        page = rows.page_table.gather(1, (rows.positions // PAGE)[:, None]).squeeze(1)
+        slots = page.long() * PAGE + rows.positions % PAGE
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write(layer, slots, k, v)
+            pages = cache.keys[layer], cache.values[layer]
+            return attention_decode(q, *pages, rows.page_table, lengths)
+
+        hidden = hidden_states(self._model, rows.tokens, rows.positions, attend)
+        return self.draw(hidden, uniform)
+
+    def draw(self, hidden: Tensor, uniform: Tensor) -> Drawn:
+        if self._settings.filters:
+            law = filtered_law(logits(self._model, hidden), self._settings)
+            return Drawn(*draw(law, uniform))
+        return Drawn(*linear_sample(hidden, self._model.head, uniform, self._settings.temperature))
+
+
+class KernelSteps(DefinedSteps):
+    """One call a step, the same numbers to the bit."""
+
+    def __init__(self, model: Model, cache: PageCache, settings: Sampling, longest: int) -> None:
+        super().__init__(model, cache, settings)
+        self._step = TransformerStep(step_network(model, longest))
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
+    ) -> Tensor:  # (P, H)
+        batch, cache = pack_sequences(prompts), self._cache
+        width = max(len(p) for p in pages)
+        table = torch.tensor([[*p, *[0] * (width - len(p))] for p in pages], dtype=torch.int32)
+        return self._step(
+            batch.tokens, batch.positions, batch.cu_seqlens, table, cache.keys, cache.values
+        )[0]
+
+    def decode(self, rows: Rows, uniform: Tensor) -> Drawn:
+        filters, cache = self._settings.filters, self._cache
+        hidden, *drawn = self._step(
+            rows.tokens,
+            rows.positions,
+            torch.arange(len(rows.tokens) + 1, dtype=torch.int32),
+            rows.page_table,
+            cache.keys,
+            cache.values,
+            None if filters else uniform,
+            self._settings.temperature,
+        )
+        return self.draw(hidden, uniform) if filters else Drawn(*drawn)
