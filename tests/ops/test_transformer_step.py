@@ -1,4 +1,4 @@
-"""transformer_step against the definition of the network, with ==: hidden states, cache pages, draws; and its errors."""
+"""transformer_step against the network's definition, with ==: hidden states, cache pages, draws; and its errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from engine.model.network import step_network
 from engine.model.weights import load_policy
 
 pytestmark = pytest.mark.skipif(not kernels_usable(), reason="an op of the C++ kernels alone")
+SETTINGS = Sampling(20, temperature=0.7)
 LENGTHS = (1, 16, 5, 17, 33, 70)  # one token, whole pages, one over, more than one block of keys
 
 
@@ -53,7 +54,7 @@ def rows_after(prompts):
     return Rows(positions % 200 + 3, positions, torch.tensor(some_pages(), dtype=torch.int32))
 
 
-def check_against_the_definition(model, settings=Sampling(20, temperature=0.7)):
+def check_against_the_definition(model, settings=SETTINGS):
     prompts, pages = some_prompts(), some_pages()
     uniform = torch.rand(len(prompts), dtype=torch.float64)
     caches = [cache_of(model), cache_of(model)]
