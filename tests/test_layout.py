@@ -97,12 +97,14 @@ def test_an_installed_kernels_package_wins_over_the_folder(tmp_path):
 
 
 def test_an_op_has_its_room():
-    """kernels/x.py has tests/ops/test_x.py; csrc/cpu/x.cpp has kernels/x.py."""
+    """kernels/x.py has tests/ops/test_x.py; csrc/cpu/x.cpp and x_<part>.cpp have kernels/x.py."""
     ops = {path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
     assert not ops - tests, f"ops without a test: {sorted(ops - tests)}"
+    parts = ("_backward", "_inputs")
     sources = {
-        path.stem.removesuffix("_backward") for path in (ROOT / "csrc" / "cpu").glob("*.cpp")
+        next((path.stem.removesuffix(part) for part in parts if path.stem.endswith(part)), path.stem)
+        for path in (ROOT / "csrc" / "cpu").glob("*.cpp")
     }
     shared = {
         "dispatch",
