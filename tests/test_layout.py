@@ -103,7 +103,9 @@ def test_an_op_has_its_room():
     assert not ops - tests, f"ops without a test: {sorted(ops - tests)}"
     parts = ("_backward", "_inputs")
     sources = {
-        next((path.stem.removesuffix(part) for part in parts if path.stem.endswith(part)), path.stem)
+        next(
+            (path.stem.removesuffix(part) for part in parts if path.stem.endswith(part)), path.stem
+        )
         for path in (ROOT / "csrc" / "cpu").glob("*.cpp")
     }
     shared = {
