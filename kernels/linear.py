@@ -60,6 +60,24 @@ def pack_weight(
     return PackedWeight(dense, torch.ops.engine.pack_weight(dense), cpu_class())
 
 
+def refresh_weight(
+    weight: PackedWeight,
+    master: Tensor,  # (N, K) float32
+) -> None:
+    """`weight` anew from its master, in the memory that it has: one pass, no allocation.
+
+    Raises ValueError on a master of another shape, and on a weight packed for another class.
+    """
+    if master.shape != weight.dense.shape:
+        want = tuple(weight.dense.shape)
+        raise ValueError(f"master: got shape {tuple(master.shape)}, want {want}")
+    source = master.detach()
+    if weight.data is None:
+        weight.dense.copy_(source)
+    else:
+        torch.ops.engine.refresh_weight(source, weight.dense, packed_data(weight))
+
+
 def packed_data(weight: PackedWeight) -> Tensor:
     """The bytes that the C++ kernels read, or a ValueError where they are for another class."""
     if weight.data is None or weight.cpu_class != cpu_class():
@@ -157,6 +175,10 @@ def _fake_backward(
 
 
 define("pack_weight(Tensor dense) -> Tensor", _fake_pack)
+define(
+    "refresh_weight(Tensor master, Tensor(a!) dense, Tensor(b!) data) -> ()",
+    lambda master, dense, data: None,
+)
 define(
     "linear(Tensor x, Tensor dense, Tensor data, Tensor? bias, Tensor? master,"
     " ScalarType out_dtype) -> Tensor",

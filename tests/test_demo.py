@@ -113,6 +113,14 @@ def test_win_rate_is_golden(golden):
         assert rate.half_width == pytest.approx(case["outputs"]["ci95_half_width"], rel=1e-12)
 
 
+def test_an_interval_of_a_rate_stays_within_0_and_1():
+    high, low = compare.WinRate(126, 2, 2), compare.WinRate(2, 2, 126)
+    assert high.rate + high.half_width > 1.0 == high.interval[1]
+    assert low.rate - low.half_width < 0.0 == low.interval[0]
+    even = compare.WinRate(40, 20, 40)
+    assert even.interval == (0.5 - even.half_width, 0.5 + even.half_width)
+
+
 def test_win_rate_counts_ties_by_the_margin():
     before, after = [0.0, 0.0, 0.0, 0.5, 0.5], [0.04, 0.06, -0.04, 0.3, 0.9]
     rate = compare.win_rate(before, after, margin=0.05)

@@ -3,9 +3,9 @@
 
 #ifdef ENGINE_CLASS
 
+#include "activation.h"
 #include "gemm_fma.h"
 #include "gemm_pack.h"
-#include "vec.h"
 #if defined(__AMX_BF16__)
 #include "gemm_amx.h"
 #endif
@@ -35,6 +35,19 @@ void pack_panel_from_columns(const Matrix& source, int64_t cols, int64_t depth, 
     pack_columns_pairs(source, cols, depth, panel, static_cast<uint32_t*>(out));
   else
     pack_columns_tiles(source, cols, depth, panel, static_cast<uint32_t*>(out));
+}
+
+// The rounded rows are packed while they lie in the cache: the master is read once.
+void refresh_panel(const float* master, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel, void* dense,
+                   bool bf16, void* out) {
+  const int64_t begin = panel * kPanel * depth, end = smaller((panel + 1) * kPanel, cols) * depth;
+  with_type(bf16, [&]<typename T>(T*) {
+    T* to = static_cast<T*>(dense) + begin;
+    each_vector(end - begin, [&](int64_t i, int64_t count) {
+      store_up_to(to + i, load_up_to(master + begin + i, count), count);
+    });
+  });
+  pack_panel_from_columns({dense, bf16, depth}, cols, depth, arithmetic, panel, out);
 }
 
 void pack_chunk_from_rows(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t chunk,
@@ -206,6 +219,17 @@ RightOperand right_from_columns(const at::Tensor& b, Arithmetic arithmetic) {
     }
   });
   return right;
+}
+
+void refresh_columns(const at::Tensor& master, const at::Tensor& dense, const Right& right, char* data) {
+  const int64_t cols = dense.size(0), depth = dense.size(1);
+  const bool bf16 = dense.scalar_type() == at::kBFloat16;
+  const auto one_panel = pick_refresh_panel();
+  at::parallel_for(0, panels_of(cols), tasks_of(right.panel_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      one_panel(master.const_data_ptr<float>(), cols, depth, right.arithmetic, p, dense.data_ptr(), bf16,
+                data + p * right.panel_bytes);
+  });
 }
 
 RightOperand right_from_rows(const at::Tensor& b, Arithmetic arithmetic) {

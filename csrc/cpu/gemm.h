@@ -69,6 +69,10 @@ ENGINE_KERNEL(void, product,
 ENGINE_KERNEL(void, pack_panel_from_columns,
               (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
                int64_t panel, void* out))
+// One panel of a weight anew from its float master (N, K): `dense` gets the rounded rows, `out` the panel of them.
+ENGINE_KERNEL(void, refresh_panel,
+              (const float* master, int64_t cols, int64_t depth, engine::Arithmetic arithmetic, int64_t panel,
+               void* dense, bool bf16, void* out))
 ENGINE_KERNEL(void, pack_chunk_from_rows,
               (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
                int64_t chunk, int64_t panel_bytes, void* out))

@@ -32,6 +32,9 @@ RightOperand right_from_columns(const at::Tensor& b, Arithmetic arithmetic);   /
 RightOperand right_from_rows(const at::Tensor& b, Arithmetic arithmetic);      // (K, N)
 Right right_of(const at::Tensor& packed, at::ScalarType storage, int64_t cols, int64_t depth);
 
+// dense and the packed bytes at `data`, which `right` describes, anew from the float master of the same shape.
+void refresh_columns(const at::Tensor& master, const at::Tensor& dense, const Right& right, char* data);
+
 Out out_of(const at::Tensor& c, bool accumulate = false, const float* bias = nullptr);
 
 // C (rows, cols), cut into parts for the threads at hand.

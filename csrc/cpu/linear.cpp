@@ -59,6 +59,15 @@ at::Tensor pack_weight(const at::Tensor& dense) {
   return right_from_columns(dense, weight_arithmetic(dense.scalar_type())).packed;
 }
 
+void refresh_weight(const at::Tensor& master, const at::Tensor& dense, const at::Tensor& data) {
+  check_matrix(dense, "dense");
+  check_cpu_contiguous(master, "master");
+  check_dtype(master, at::kFloat, "master");
+  TORCH_CHECK_VALUE(master.sizes() == dense.sizes(), "master: got shape ", master.sizes(), ", want ", dense.sizes());
+  const Right right = right_of(data, dense.scalar_type(), dense.size(0), dense.size(1));
+  refresh_columns(master, dense, right, static_cast<char*>(data.data_ptr()));
+}
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& dense, const at::Tensor& data,
                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& /*master: autograd only*/,
                   at::ScalarType out_dtype) {
@@ -130,6 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
 
 TORCH_LIBRARY_IMPL(engine, CPU, m) {
   m.impl("pack_weight", &engine::pack_weight);
+  m.impl("refresh_weight", &engine::refresh_weight);
   m.impl("linear", &engine::linear);
   m.impl("linear_backward", &engine::linear_backward);
 }

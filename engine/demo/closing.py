@@ -44,7 +44,7 @@ def results(plan: Plan, phases: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     seconds = {name: round(facts["seconds"], 1) for name, facts in phases.items()}
     return {
         "win_rate": rate.rate,
-        "win_rate_ci95": [rate.rate - rate.half_width, rate.rate + rate.half_width],
+        "win_rate_ci95": list(rate.interval),
         "wins_ties_losses": [rate.wins, rate.ties, rate.losses],
         "reward_true_before": fmean(before),
         "reward_true_after": fmean(after),

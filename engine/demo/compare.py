@@ -43,6 +43,11 @@ class WinRate:
         )
         return 1.96 * math.sqrt(squares / (count - 1) / count)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval, within what a rate can be."""
+        return max(self.rate - self.half_width, 0.0), min(self.rate + self.half_width, 1.0)
+
 
 def win_rate(
     before: Sequence[float], after: Sequence[float], margin: float = TIE_MARGIN

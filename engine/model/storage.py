@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from engine.errors import ModelError
-from engine.kernels.linear import PackedWeight, linear, pack_weight
+from engine.kernels.linear import PackedWeight, linear, pack_weight, refresh_weight
 
 from .names import Spec
 
@@ -75,7 +75,10 @@ class Weights:
         """
         self._need_masters("refresh")
         for name, master in self.masters.items():
-            self._copy(name, master.detach())
+            if name in self._packed:
+                refresh_weight(self._packed[name], master)
+            else:
+                self._copy(name, master.detach())
         self._mark()
         self.version += 1
 

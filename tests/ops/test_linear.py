@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels._backend import backend
-from engine.kernels.linear import PackedWeight, linear, linear_reference, pack_weight
+from engine.kernels.linear import (
+    PackedWeight,
+    linear,
+    linear_reference,
+    pack_weight,
+    refresh_weight,
+)
 
 STORAGES = [torch.float32, torch.bfloat16]
 SHAPES = [  # M, N, K
@@ -97,6 +103,27 @@ def test_ragged_shapes_against_float64(cpu_class, shape, storage):
 def test_packing_keeps_every_weight(cpu_class, storage, n, k):
     weight = pack_weight(torch.randn(n, k), storage)
     assert torch.equal(linear(torch.eye(k), weight), weight.dense.T.float())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("n,k", [(1, 1), (7, 33), (64, 64), (45, 31), (33, 128), (300, 576)])
+def test_a_refreshed_weight_is_the_packed_one_in_the_same_memory(cpu_class, storage, n, k):
+    torch.manual_seed(n)
+    before, after = torch.randn(n, k), torch.randn(n, k)
+    after[0, 0] = torch.nan
+    weight, want = pack_weight(before.clone(), storage), pack_weight(after.clone(), storage)
+    places = weight.dense.data_ptr(), weight.data.data_ptr()
+
+    def refreshed() -> list[Tensor]:
+        refresh_weight(weight, after)
+        return [weight.dense.clone(), weight.data.clone()]
+
+    dense, data = threads_agree(refreshed)
+    assert torch.equal(dense.view(torch.uint8), want.dense.view(torch.uint8))
+    assert torch.equal(data, want.data)
+    assert places == (weight.dense.data_ptr(), weight.data.data_ptr())
+    with pytest.raises(ValueError, match=rf"master: got shape \(1, {k + 1}\), want"):
+        refresh_weight(weight, torch.zeros(1, k + 1))
 
 
 def test_packing_rounds_to_nearest_even(cpu_class):
