@@ -9,6 +9,7 @@ nothing is built and the engine runs on the torch definitions; it says so when i
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +51,21 @@ def stamp() -> str:
     return f"{compiler()} {FLAGS} {CLASSES} {torch.__version__} {TORCH_HEADERS}"
 
 
+def made_from(source: Path) -> set[Path]:
+    """A source and every header of the folder that it includes, directly or not."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'#include "(\w+\.h)"', path.read_text())
+            waiting += [path.parent / name for name in names]
+    return found
+
+
 def make(target: Path, source: Path, command: list[str]) -> bool:
     """Runs `command -o target` where the target is missing or older than its sources."""
-    newest = max(path.stat().st_mtime for path in [source, *HEADERS])
+    newest = max(path.stat().st_mtime for path in made_from(source))
     if target.exists() and target.stat().st_mtime >= newest:
         return False
     aside = target.with_suffix(f".{os.getpid()}.tmp")  # two builds at once never see half an object

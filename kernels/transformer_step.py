@@ -24,6 +24,8 @@ from torch import Tensor
 from ._backend import BackendError, choose, define
 from .linear import PackedWeight, packed_data
 
+PHASES = ("norms and gates", "products", "attention", "head", "sampling")
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -134,6 +136,7 @@ class TransformerStep:
         values: Sequence[Tensor],  # L of the same shape
         uniform: Tensor | None = None,  # (S,) float64 in [0, 1): sample a token for each sequence
         temperature: float = 1.0,
+        seconds: Tensor | None = None,  # (PHASES,) float64: the time of each phase is added
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (S, H), (S,) int64, (S,) float32, (S,) float32
         """Hidden states of each sequence's last row; with `uniform` its next token, log-prob and entropy (else empty).
 
@@ -151,6 +154,7 @@ class TransformerStep:
             self.network.eps,
             uniform,
             temperature,
+            seconds,
         )
         return result
 
@@ -167,6 +171,7 @@ def _fake(
     eps: float,
     uniform: Tensor | None,
     temperature: float,
+    seconds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences, drawn = cu.shape[0] - 1, 0 if uniform is None else cu.shape[0] - 1
     hidden = keys[0].new_empty((sequences, shape[0]))
@@ -176,7 +181,8 @@ def _fake(
 
 define(
     "transformer_step(Tensor tokens, Tensor positions, Tensor cu, Tensor page_table, Tensor(a!)[] keys,"
-    " Tensor(b!)[] values, Tensor?[] weights, int[] shape, float eps, Tensor? uniform, float temperature)"
+    " Tensor(b!)[] values, Tensor?[] weights, int[] shape, float eps, Tensor? uniform, float temperature,"
+    " Tensor(c!)? seconds)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )

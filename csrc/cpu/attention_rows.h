@@ -70,9 +70,21 @@ ENGINE_EVERYWHERE int64_t attention_scratch(const Heads& heads) {
   return kKeyBlock * 2 * wide + kMaxTile * kKeyBlock + heads.chunk_rows() * (2 * wide + 16 + 2);
 }
 
+// Floats of scratch memory for attention_decode_row.
+ENGINE_EVERYWHERE int64_t attention_decode_scratch(const Heads& heads) {
+  const int64_t wide = padded(heads.size), rows = (heads.group() + kMaxTile - 1) / kMaxTile * kMaxTile;
+  const int64_t own = kKeyBlock * wide + kMaxTile * kKeyBlock + heads.key_heads * rows * (2 * wide + 16 + 2);
+  const int64_t general = attention_scratch(heads);
+  return own > general ? own : general;
+}
+
 }  // namespace engine
 
 // At most heads.chunk_tokens() tokens at once.
 ENGINE_KERNEL(void, attention_rows,
               (const engine::Attention& job, const engine::Heads& heads, const engine::Keys& keys,
                const engine::Rows& rows, int64_t key_head, float* scratch))
+// The row of one token with `visible` keys, its key heads [head0, head1): the same bits as attention_rows.
+ENGINE_KERNEL(void, attention_decode_row,
+              (const engine::Attention& job, const engine::Heads& heads, const engine::Keys& keys, int64_t token,
+               int64_t visible, int64_t head0, int64_t head1, float* scratch))

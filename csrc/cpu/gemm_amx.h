@@ -16,10 +16,10 @@ struct TileArguments {
   int64_t a_step;        // elements from 32 depth to the next
   const char* b;
   int64_t panel_bytes, steps;  // steps of 32 depth
-  float* c;
-  int64_t stride;  // of C
-  bool load_c;
-  const char* ahead;  // memory that will be read next
+  const float* from;           // sums so far, or nullptr for none
+  float* to;
+  int64_t from_stride, to_stride;
+  const char* ahead;    // memory that will be read next
   int64_t ahead_lines;  // of 64 bytes, a step
 };
 
@@ -29,8 +29,7 @@ ENGINE_INLINE void fetch_ahead(const char*& ahead, int64_t lines) {
   for (int64_t i = 0; i < lines; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
 }
 
-// The second level of the cache answers too slowly for 16 loads of a line in a row: both operands are fetched into the
-// first one two steps before they are loaded.
+// Where a panel comes from memory, both operands are fetched into the first cache two steps before they are loaded.
 ENGINE_INLINE void fetch_panel(const char* b) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm_prefetch(b + 64 * i, _MM_HINT_T0);
@@ -41,13 +40,13 @@ ENGINE_INLINE void fetch_rows(const uint16_t* a, int64_t row_bytes) {
 }
 
 // Sums in tiles 0-3, A in 4-5, B in 6-7. The number of a tile is part of the instruction.
+template <bool kFetch>
 static void tile_block_2x1(const TileArguments& t) {
-  const int64_t c_bytes = t.stride * 4;
-  if (t.load_c) {
-    _tile_loadd(0, t.c, c_bytes);
-    _tile_loadd(1, t.c + 16, c_bytes);
-    _tile_loadd(2, t.c + 16 * t.stride, c_bytes);
-    _tile_loadd(3, t.c + 16 * t.stride + 16, c_bytes);
+  if (t.from) {
+    _tile_loadd(0, t.from, t.from_stride * 4);
+    _tile_loadd(1, t.from + 16, t.from_stride * 4);
+    _tile_loadd(2, t.from + 16 * t.from_stride, t.from_stride * 4);
+    _tile_loadd(3, t.from + 16 * t.from_stride + 16, t.from_stride * 4);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -57,31 +56,32 @@ static void tile_block_2x1(const TileArguments& t) {
   const uint16_t *a0 = t.a[0], *a1 = t.a[1];
   const char *b = t.b, *ahead = t.ahead;
   for (int64_t k = 0; k < t.steps; ++k, a0 += t.a_step, a1 += t.a_step, b += kStepBytes) {
-    fetch_rows(a0 + 2 * t.a_step, t.a_bytes[0]);
-    fetch_rows(a1 + 2 * t.a_step, t.a_bytes[1]);
+    if constexpr (kFetch) {
+      fetch_rows(a0 + 2 * t.a_step, t.a_bytes[0]);
+      fetch_rows(a1 + 2 * t.a_step, t.a_bytes[1]);
+      fetch_panel(b + 2 * kStepBytes);
+      fetch_panel(b + 2 * kStepBytes + 1024);
+      fetch_ahead(ahead, t.ahead_lines);
+    }
     _tile_loadd(6, b, 64);
-    fetch_panel(b + 2 * kStepBytes);
     _tile_loadd(4, a0, t.a_bytes[0]);
     _tile_loadd(7, b + 1024, 64);
-    fetch_panel(b + 2 * kStepBytes + 1024);
     _tile_loadd(5, a1, t.a_bytes[1]);
-    fetch_ahead(ahead, t.ahead_lines);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, t.c, c_bytes);
-  _tile_stored(1, t.c + 16, c_bytes);
-  _tile_stored(2, t.c + 16 * t.stride, c_bytes);
-  _tile_stored(3, t.c + 16 * t.stride + 16, c_bytes);
+  _tile_stored(0, t.to, t.to_stride * 4);
+  _tile_stored(1, t.to + 16, t.to_stride * 4);
+  _tile_stored(2, t.to + 16 * t.to_stride, t.to_stride * 4);
+  _tile_stored(3, t.to + 16 * t.to_stride + 16, t.to_stride * 4);
 }
 
 static void tile_block_1x1(const TileArguments& t) {
-  const int64_t c_bytes = t.stride * 4;
-  if (t.load_c) {
-    _tile_loadd(0, t.c, c_bytes);
-    _tile_loadd(1, t.c + 16, c_bytes);
+  if (t.from) {
+    _tile_loadd(0, t.from, t.from_stride * 4);
+    _tile_loadd(1, t.from + 16, t.from_stride * 4);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -96,18 +96,17 @@ static void tile_block_1x1(const TileArguments& t) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
   }
-  _tile_stored(0, t.c, c_bytes);
-  _tile_stored(1, t.c + 16, c_bytes);
+  _tile_stored(0, t.to, t.to_stride * 4);
+  _tile_stored(1, t.to + 16, t.to_stride * 4);
 }
 
 // 16 rows, two panels: with one, the two chains of sums would wait for each other.
 static void tile_block_1x2(const TileArguments& t) {
-  const int64_t c_bytes = t.stride * 4;
-  if (t.load_c) {
-    _tile_loadd(0, t.c, c_bytes);
-    _tile_loadd(1, t.c + 16, c_bytes);
-    _tile_loadd(2, t.c + 32, c_bytes);
-    _tile_loadd(3, t.c + 48, c_bytes);
+  if (t.from) {
+    _tile_loadd(0, t.from, t.from_stride * 4);
+    _tile_loadd(1, t.from + 16, t.from_stride * 4);
+    _tile_loadd(2, t.from + 32, t.from_stride * 4);
+    _tile_loadd(3, t.from + 48, t.from_stride * 4);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -129,10 +128,10 @@ static void tile_block_1x2(const TileArguments& t) {
     _tile_dpbf16ps(2, 4, 5);
     _tile_dpbf16ps(3, 4, 6);
   }
-  _tile_stored(0, t.c, c_bytes);
-  _tile_stored(1, t.c + 16, c_bytes);
-  _tile_stored(2, t.c + 32, c_bytes);
-  _tile_stored(3, t.c + 48, c_bytes);
+  _tile_stored(0, t.to, t.to_stride * 4);
+  _tile_stored(1, t.to + 16, t.to_stride * 4);
+  _tile_stored(2, t.to + 32, t.to_stride * 4);
+  _tile_stored(3, t.to + 48, t.to_stride * 4);
 }
 
 struct alignas(64) TileConfig {
@@ -163,36 +162,44 @@ ENGINE_INLINE void fetch_target(const Out& out, const Part& pass) {
   }
 }
 
+// Sums of a pass between the pieces of its depth, and which piece this is.
+struct Piece {
+  float* sums;
+  bool first, last;
+};
+
 // The block of rows that starts at pass.row0 times the panels of the pass.
-ENGINE_INLINE void tile_pass(TileArguments& t, const Out& out, const Part& pass, int64_t tiles, int64_t panels) {
-  alignas(64) float sums[2 * kTileRows * 2 * kPanel];
+ENGINE_INLINE void tile_pass(TileArguments& t, const Out& out, const Part& pass, int64_t tiles, int64_t panels,
+                             const Piece& piece, bool fetch) {
   const int64_t width = panels * kPanel, height = tiles * kTileRows;
   const bool direct = !out.bf16 && !out.bias && pass.col1 - pass.col0 == width && pass.row1 - pass.row0 == height;
-  t.load_c = out.accumulate;
-  t.c = direct ? static_cast<float*>(out.data) + pass.row0 * out.stride + pass.col0 : sums;
-  t.stride = direct ? out.stride : width;
-  if (!direct && out.accumulate) load_sums(sums, width, width, out, pass);
-  fetch_target(out, pass);
+  float* const c = static_cast<float*>(out.data) + pass.row0 * out.stride + pass.col0;
+  const bool from_c = piece.first && direct, to_c = piece.last && direct;
+  if (piece.first && !direct && out.accumulate) load_sums(piece.sums, width, width, out, pass);
+  t.from = piece.first && !out.accumulate ? nullptr : from_c ? c : piece.sums;
+  t.from_stride = from_c ? out.stride : width;
+  t.to = to_c ? c : piece.sums;
+  t.to_stride = to_c ? out.stride : width;
+  if (piece.last) fetch_target(out, pass);
   // Rows beyond the last hold what the sums before left there: they are summed and never stored.
   asm volatile("" ::: "memory");  // GCC's tile loads do not tell it that they read memory
   if (tiles == 2)
-    tile_block_2x1(t);
+    fetch ? tile_block_2x1<true>(t) : tile_block_2x1<false>(t);
   else if (panels == 2)
     tile_block_1x2(t);
   else
     tile_block_1x1(t);
-  if (!direct) store_sums(sums, width, out, pass);
+  if (piece.last && !direct) store_sums(piece.sums, width, out, pass);
 }
 
-static void tile_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+// Few rows: every panel comes from memory once, the next one is fetched meanwhile.
+static void tile_product_few(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+  alignas(64) float sums[2 * kTileRows * 2 * kPanel];
   const int64_t rows = part.row1 - part.row0, blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
   TileArguments t{};
   t.a_step = left.depth, t.panel_bytes = right.panel_bytes, t.steps = (depth + kTileDepth - 1) / kTileDepth;
-  const bool few = blocks <= 2;  // a panel is read once from memory: fetch the next one meanwhile
-  const int64_t fit = few ? 1 : kGroupBytes / (right.panel_bytes + 1);
-  const int64_t wide = rows <= kTileRows ? 2 : 1, group = (fit < wide ? wide : fit) * kPanel;
-  t.ahead_lines = few && !right.cached ? kStepBytes / 64 / blocks : 0;
-  configure_tiles();
+  t.ahead_lines = right.cached ? 0 : kStepBytes / 64 / blocks;
+  const int64_t group = (rows <= kTileRows ? 2 : 1) * kPanel;
   for (int64_t first = part.col0; first < part.col1; first += group) {
     const int64_t last = smaller(first + group, part.col1);
     for (int64_t row = part.row0, block = 0; row < part.row1; row += 2 * kTileRows, ++block) {
@@ -203,11 +210,49 @@ static void tile_product(const Left& left, const Right& right, int64_t depth, co
         const int64_t panels = tiles == 1 && last - col > kPanel ? 2 : 1, stop = smaller(col + panels * kPanel, last);
         t.b = static_cast<const char*>(right.data) + col / kPanel * right.panel_bytes;
         t.ahead = t.b + panels * right.panel_bytes + t.steps * t.ahead_lines * 64 * block;
-        tile_pass(t, out, {row, end, col, stop}, tiles, panels);
+        tile_pass(t, out, {row, end, col, stop}, tiles, panels, {sums, true, true}, true);
         col = stop;
       }
     }
   }
+}
+
+constexpr int64_t kStepsOfPiece = 10;  // of a panel's depth: 20 KiB stay in the first cache while the rows go by
+constexpr int64_t kBlocksOfPass = 16;  // of 32 rows: they stay in the second cache while the panels go by
+
+static void tile_product_many(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+  constexpr int64_t kHeight = 2 * kTileRows;
+  alignas(64) float sums[kBlocksOfPass * kHeight * kPanel];
+  TileArguments t{};
+  t.a_step = left.depth, t.panel_bytes = right.panel_bytes;
+  const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
+  const int64_t pieces = steps > kStepsOfPiece ? (steps + kStepsOfPiece - 1) / kStepsOfPiece : 1;
+  for (int64_t first = part.row0; first < part.row1; first += kBlocksOfPass * kHeight) {
+    const int64_t last = smaller(first + kBlocksOfPass * kHeight, part.row1);
+    for (int64_t col = part.col0; col < part.col1; col += kPanel)
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t step = steps * piece / pieces;
+        t.steps = steps * (piece + 1) / pieces - step;
+        t.b = static_cast<const char*>(right.data) + col / kPanel * right.panel_bytes + step * kStepBytes;
+        for (int64_t row = first; row < last; row += kHeight) {
+          const int64_t end = smaller(row + kHeight, last), tiles = end - row > kTileRows ? 2 : 1;
+          for (int64_t i = 0; i < tiles; ++i) {
+            point_at_rows(t, i, left, row + i * kTileRows);
+            t.a[i] += step * left.depth;
+          }
+          tile_pass(t, out, {row, end, col, smaller(col + kPanel, part.col1)}, tiles, 1,
+                    {sums + (row - first) * kPanel, piece == 0, piece == pieces - 1}, false);
+        }
+      }
+  }
+}
+
+static void tile_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+  configure_tiles();
+  if (part.row1 - part.row0 <= 4 * kTileRows)
+    tile_product_few(left, right, depth, part, out);
+  else
+    tile_product_many(left, right, depth, part, out);
   _tile_release();
 }
 

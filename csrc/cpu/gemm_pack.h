@@ -88,19 +88,15 @@ ENGINE_INLINE vuint bf16_words(const Matrix& m, int64_t row, int64_t col, int64_
   if (n < kLanes) return round_words(float_words_part(m, row, col, n));
   const int64_t at = row * m.stride + col;
   if (!m.bf16) return round_words(load(static_cast<const float*>(m.data) + at));
-  vbits16 half;
-  std::memcpy(&half, static_cast<const uint16_t*>(m.data) + at, sizeof(half));
-  return __builtin_convertvector(half, vuint);
+  return widen(static_cast<const uint16_t*>(m.data) + at);
 }
 
 // 2 * kLanes consecutive elements of a row as bf16, two a word.
 ENGINE_INLINE vuint bf16_pairs(const Matrix& m, int64_t row, int64_t col, int64_t n) {
   if (m.bf16 && n >= 2 * kLanes) return words_of(static_cast<const uint16_t*>(m.data) + row * m.stride + col);
   uint16_t lanes[2 * kLanes];
-  const vbits16 first = __builtin_convertvector(bf16_words(m, row, col, n), vbits16);
-  const vbits16 second = __builtin_convertvector(bf16_words(m, row, col + kLanes, n - kLanes), vbits16);
-  std::memcpy(lanes, &first, sizeof(first));
-  std::memcpy(lanes + kLanes, &second, sizeof(second));
+  narrow(lanes, bf16_words(m, row, col, n));
+  narrow(lanes + kLanes, bf16_words(m, row, col + kLanes, n - kLanes));
   return words_of(lanes);
 }
 

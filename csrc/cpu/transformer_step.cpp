@@ -31,59 +31,75 @@ class Step {
     up_ = plain(rows_, net_.inner);
     if (net_.gated) gate_ = plain(rows_, net_.inner);
     const Heads shape = this->heads();
-    for (int64_t s = 0; s < seq_.count; ++s)
-      for (int64_t h = 0; h < net_.key_heads; ++h)
+    const int64_t parts = seq_.count >= 2 * at::get_num_threads() ? 1 : net_.key_heads;
+    for (int64_t s = 0; s < seq_.count; ++s) {
+      const bool decoding = seq_.new_rows(s) == 1;
+      const int64_t heads = decoding ? net_.key_heads / parts : 1;
+      for (int64_t h = 0; h < net_.key_heads; h += heads)
         for (int64_t t = 0; t < seq_.new_rows(s); t += shape.chunk_tokens()) {
           const int64_t tokens = std::min(shape.chunk_tokens(), seq_.new_rows(s) - t);
-          attention_.push_back({s, h, Rows{seq_.begin(s) + t, tokens, seq_.start(s) + t + 1}});
+          attention_.push_back({s, h, decoding ? heads : 0, Rows{seq_.begin(s) + t, tokens, seq_.start(s) + t + 1}});
         }
+    }
     const auto work = [&](const AttentionTask& t) { return t.rows.tokens * (t.rows.visible + t.rows.tokens / 2); };
     std::stable_sort(attention_.begin(), attention_.end(),
                      [&](const AttentionTask& a, const AttentionTask& b) { return work(a) > work(b); });
-    scratch_ = floats(at::get_num_threads(), (attention_scratch(shape) + 15) / 16 * 16);
+    scratch_ = floats(at::get_num_threads(), (attention_decode_scratch(shape) + 15) / 16 * 16);
   }
 
   // The rows through all layers; `last` gets the final norm of each sequence's last row.
-  void run(Team& team, int thread, const Activation& last) {
+  void run(Team& team, int thread, const Activation& last, Watch& watch) {
     embed(team);
     for (const Layer& layer : net_.layers) {
       rows(team, [&](int64_t r) {
         if (&layer != &net_.layers.front()) add_to_residual(r);
         norm(layer.input, residual_.at(r), normed_.at(r));
       });
+      watch.mark(kRows);
       products(team, normed_, {{&layer.q, &query_}, {&layer.k, &key_}, {&layer.v, &value_}});
+      watch.mark(kProducts);
       rows(team, [&](int64_t r) { rotate_and_store(layer, r); });
+      watch.mark(kRows);
       attend(team, thread, layer);
+      watch.mark(kAttention);
       const bool in_place = readable(attended_);
       if (!in_place) rows(team, [&](int64_t r) { std::memcpy(mixed_.at(r), attended_.at(r), attended_.bytes()); });
+      watch.mark(kRows);
       products(team, in_place ? attended_ : mixed_, {{&layer.o, &addend_}});
+      watch.mark(kProducts);
       rows(team, [&](int64_t r) {
         if (!net_.parallel_residual) add_to_residual(r);
         norm(layer.inner, residual_.at(r), normed_.at(r));
         if (net_.parallel_residual) add_to_residual(r);
       });
+      watch.mark(kRows);
       if (net_.gated)
         products(team, normed_, {{&layer.gate, &gate_}, {&layer.up, &up_}});
       else
         products(team, normed_, {{&layer.up, &up_}});
+      watch.mark(kProducts);
       rows(team, [&](int64_t r) { activate(r); });
+      watch.mark(kRows);
       products(team, inner_, {{&layer.down, &addend_}});
+      watch.mark(kProducts);
     }
     team.each(seq_.count, [&](int64_t s) {
       const int64_t r = seq_.begin(s + 1) - 1;
       add_to_residual(r);
       norm(net_.last, residual_.at(r), last.at(s));
     });
+    watch.mark(kRows);
   }
 
   // Statistics of the head's blocks, then a token, its log-prob and entropy for each row of `hidden`.
-  void sample(Team& team, const Head& head, const Drawn& drawn) const {
+  void sample(Team& team, const Head& head, const Drawn& drawn, Watch& watch) const {
     const int64_t count = seq_.count, blocks = vocabulary_blocks(head.vocabulary);
     const auto statistics = pick_logprob_statistics();
     team.each((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t i) {
       const int64_t begin = i * kBlocksPerTask, end = std::min(begin + kBlocksPerTask, blocks);
       statistics(head, 0, count, begin, end, nullptr, drawn.statistics, nullptr);
     });
+    watch.mark(kHead);
     const auto draw = pick_sample_token();
     const auto finish = pick_logprob_finish();
     team.each(count, [&](int64_t r) {
@@ -92,11 +108,12 @@ class Step {
       drawn.token[r] = draw(head, r, count, of_row, drawn.uniform[r], &z);
       finish(of_row, blocks, 1, &z, {drawn.logprob + r, drawn.entropy + r, nullptr, nullptr});
     });
+    watch.mark(kSampling);
   }
 
  private:
   struct AttentionTask {
-    int64_t sequence, key_head;
+    int64_t sequence, key_head, decoding_heads;  // 0 heads: rows of a prompt, one head
     Rows rows;
   };
   struct Target {
@@ -196,10 +213,16 @@ class Step {
     const Attention job{query_.data, layer.keys, layer.values, attended_.data, nullptr};
     const Heads shape = heads();
     const auto run = pick_attention_rows();
+    const auto decode = pick_attention_decode_row();
     float* scratch = static_cast<float*>(scratch_.at(thread));
     team.each(static_cast<int64_t>(attention_.size()), [&](int64_t i) {
       const AttentionTask& task = attention_[i];
-      run(job, shape, Keys{0, 0, 0, seq_.pages(task.sequence), cache_.page}, task.rows, task.key_head, scratch);
+      const Keys keys{0, 0, 0, seq_.pages(task.sequence), cache_.page};
+      if (task.decoding_heads > 0)
+        decode(job, shape, keys, task.rows.token, task.rows.visible, task.key_head,
+               task.key_head + task.decoding_heads, scratch);
+      else
+        run(job, shape, keys, task.rows, task.key_head, scratch);
     });
   }
 
@@ -224,7 +247,8 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu,
                       const at::Tensor& page_table, at::TensorList keys, at::TensorList values,
                       const Weights& weights, at::IntArrayRef shape, double eps,
-                      const std::optional<at::Tensor>& uniform, double temperature) {
+                      const std::optional<at::Tensor>& uniform, double temperature,
+                      const std::optional<at::Tensor>& seconds) {
   const Network net = network_of(weights, shape, eps, keys, values);
   const Cache cache{keys[0].size(1), keys[0].scalar_type() == at::kBFloat16};
   const Sequences sequences = sequences_of(tokens, positions, cu, page_table, net, keys[0].size(0), cache.page);
@@ -234,6 +258,7 @@ Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, con
   const int64_t drawn = uniform ? count : 0;
   at::Tensor token = at::empty({drawn}, at::kLong), logprob = at::empty({drawn}, options);
   at::Tensor entropy = at::empty({drawn}, options), statistics;
+  double* by_phase = phase_seconds(seconds);
   Step step(net, sequences, cache);
   Drawn results{};
   Head head{last.left(count, net.arithmetic), net.head, net.hidden, net.vocabulary, nullptr,
@@ -246,8 +271,9 @@ Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, con
   }
   if (count > 0)
     Team::gather([&](Team& team, int thread) {
-      step.run(team, thread, last);
-      if (uniform) step.sample(team, head, results);
+      Watch watch(by_phase, thread);
+      step.run(team, thread, last, watch);
+      if (uniform) step.sample(team, head, results, watch);
     });
   for (int64_t r = 0; r < drawn; ++r)
     TORCH_CHECK_VALUE(results.token[r] >= 0, "row ", r, ": its logits are all -inf or hold nan, want a distribution");

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "check.h"
@@ -112,6 +113,27 @@ struct Sequences {
   }
 };
 
+// Where the time of a step goes, as kernels/transformer_step.py names it.
+enum Phase : int { kRows = 0, kProducts, kAttention, kHead, kSampling, kPhases };
+
+// Adds up seconds by phase, on the first thread: each phase ends with a barrier. Nothing is read where nothing is asked.
+class Watch {
+ public:
+  Watch(double* seconds, int thread) : seconds_(thread == 0 ? seconds : nullptr) {
+    if (seconds_) last_ = std::chrono::steady_clock::now();
+  }
+  void mark(Phase phase) {
+    if (!seconds_) return;
+    const auto now = std::chrono::steady_clock::now();
+    seconds_[phase] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  double* seconds_;
+  std::chrono::steady_clock::time_point last_;
+};
+
 struct Drawn {
   const double* uniform;
   BlockStatistics* statistics;  // (rows, blocks)
@@ -124,6 +146,7 @@ Network network_of(const Weights& weights, at::IntArrayRef shape, double eps, at
                    at::TensorList values);
 Sequences sequences_of(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu,
                        const at::Tensor& page_table, const Network& network, int64_t pages, int64_t page);
+double* phase_seconds(const std::optional<at::Tensor>& seconds);  // nullptr for none
 void check_uniform(const at::Tensor& uniform, int64_t rows, double temperature);
 
 }  // namespace engine

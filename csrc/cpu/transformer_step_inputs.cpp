@@ -171,6 +171,15 @@ Sequences sequences_of(const at::Tensor& tokens, const at::Tensor& positions, co
   return s;
 }
 
+double* phase_seconds(const std::optional<at::Tensor>& seconds) {
+  if (!seconds) return nullptr;
+  check_cpu_contiguous(*seconds, "seconds");
+  check_dtype(*seconds, at::kDouble, "seconds");
+  TORCH_CHECK_VALUE(seconds->dim() == 1 && seconds->size(0) == kPhases, "seconds: got shape ", seconds->sizes(),
+                    ", want (", static_cast<int>(kPhases), ",)");
+  return seconds->data_ptr<double>();
+}
+
 void check_uniform(const at::Tensor& uniform, int64_t rows, double temperature) {
   check_cpu_contiguous(uniform, "uniform");
   check_dtype(uniform, at::kDouble, "uniform");
