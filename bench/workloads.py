@@ -100,7 +100,7 @@ def step_against_products(model: engine.HybridEngine, rows: int, repeats: int) -
     """A decode step at a context of 128 against its matrix products alone."""
     network, a = model.model, model.model.architecture
     pages = (128 + PAGE - 1) // PAGE
-    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, network.act_dtype)
+    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, network.kv_dtype)
     table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)
     steps = KernelSteps(network, cache, Sampling(64), 128)
     batch = Rows(torch.arange(100, 100 + rows), torch.full((rows,), 127), table)

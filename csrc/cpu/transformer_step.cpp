@@ -21,8 +21,8 @@ constexpr int64_t kRowsPerTask = 4, kBlocksPerTask = 4, kBytesPerTask = 1 << 16,
 // What a step reads and writes, and the phases that every thread goes through.
 class Step {
  public:
-  Step(const Network& network, const Sequences& sequences, const Cache& cache)
-      : net_(network), seq_(sequences), cache_(cache), rows_(sequences.rows()), bf16_(cache.bf16) {
+  Step(const Network& network, const Sequences& sequences)
+      : net_(network), seq_(sequences), rows_(sequences.rows()), bf16_(network.bf16) {
     const int64_t heads = net_.query_heads * net_.head_size, keys = net_.key_heads * net_.head_size;
     residual_ = floats(rows_, net_.hidden), addend_ = floats(rows_, net_.hidden);
     normed_ = operand(rows_, net_.hidden), inner_ = operand(rows_, net_.inner), mixed_ = operand(rows_, heads);
@@ -30,7 +30,7 @@ class Step {
     attended_ = plain(rows_, heads);
     up_ = plain(rows_, net_.inner);
     if (net_.gated) gate_ = plain(rows_, net_.inner);
-    const Heads shape = this->heads();
+    const Heads shape = net_.heads();
     const int64_t parts = seq_.count >= 2 * at::get_num_threads() ? 1 : net_.key_heads;
     for (int64_t s = 0; s < seq_.count; ++s) {
       const bool decoding = seq_.new_rows(s) == 1;
@@ -48,7 +48,7 @@ class Step {
   }
 
   // The rows through all layers; `last` gets the final norm of each sequence's last row.
-  void run(Team& team, int thread, const Activation& last, Watch& watch) {
+  void run(Team::Member& team, const Activation& last, Watch& watch) {
     embed(team);
     for (const Layer& layer : net_.layers) {
       rows(team, [&](int64_t r) {
@@ -60,7 +60,7 @@ class Step {
       watch.mark(kProducts);
       rows(team, [&](int64_t r) { rotate_and_store(layer, r); });
       watch.mark(kRows);
-      attend(team, thread, layer);
+      attend(team, layer);
       watch.mark(kAttention);
       const bool in_place = readable(attended_);
       if (!in_place) rows(team, [&](int64_t r) { std::memcpy(mixed_.at(r), attended_.at(r), attended_.bytes()); });
@@ -92,7 +92,7 @@ class Step {
   }
 
   // Statistics of the head's blocks, then a token, its log-prob and entropy for each row of `hidden`.
-  void sample(Team& team, const Head& head, const Drawn& drawn, Watch& watch) const {
+  void sample(Team::Member& team, const Head& head, const Drawn& drawn, Watch& watch) const {
     const int64_t count = seq_.count, blocks = vocabulary_blocks(head.vocabulary);
     const auto statistics = pick_logprob_statistics();
     team.each((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t i) {
@@ -121,7 +121,6 @@ class Step {
     const Activation* out;
   };
 
-  Heads heads() const { return {bf16_, net_.query_heads, net_.key_heads, net_.head_size}; }
   Activation plain(int64_t rows, int64_t width) const { return Activation(rows, width, width, bf16_); }
   Activation operand(int64_t rows, int64_t width) const { return operand_rows(rows, width, bf16_, net_.arithmetic); }
   static Activation floats(int64_t rows, int64_t width) { return Activation(rows, width, width, false); }
@@ -132,13 +131,13 @@ class Step {
   }
 
   template <typename Run>
-  void rows(Team& team, Run run) const {
+  void rows(Team::Member& team, Run run) const {
     team.each((rows_ + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t i) {
       for (int64_t r = i * kRowsPerTask; r < std::min((i + 1) * kRowsPerTask, rows_); ++r) run(r);
     });
   }
 
-  void embed(Team& team) const {
+  void embed(Team::Member& team) const {
     rows(team, [&](int64_t r) {
       float* x = static_cast<float*>(residual_.at(r));
       const Table tokens{&net_.tokens};
@@ -164,7 +163,7 @@ class Step {
   }
 
   // Every product of a phase, cut into tasks: columns for few rows, so that each thread reads weights of its own.
-  void products(Team& team, const Activation& from, std::initializer_list<Target> targets) const {
+  void products(Team::Member& team, const Activation& from, std::initializer_list<Target> targets) const {
     const int64_t width = pick_panel_columns()(), height = 32 * pick_block_rows()(net_.arithmetic);
     const int64_t row_parts = (rows_ + height - 1) / height;
     int64_t bytes = 0, first[4] = {0, 0, 0, 0}, pairs[3], number = 0;
@@ -198,26 +197,25 @@ class Step {
       pick_rmsnorm_rows()(q, bf16_, layer.q_norm, net_.query_heads, size, net_.eps, q, bf16_, rstd);
       pick_rmsnorm_rows()(k, bf16_, layer.k_norm, net_.key_heads, size, net_.eps, k, bf16_, rstd);
     }
-    const int64_t offset = seq_.slot(r, cache_.page) * key_.bytes();
-    char *keys = static_cast<char*>(layer.keys) + offset, *values = static_cast<char*>(layer.values) + offset;
     if (net_.rotated > 0) {
       const float* angles = net_.angles.const_data_ptr<float>() + seq_.position[r] * net_.rotated;
       pick_rope_token()(q, bf16_, angles, net_.query_heads, size, net_.rotated, 1.0f, q);
       pick_rope_token()(k, bf16_, angles, net_.key_heads, size, net_.rotated, 1.0f, k);
     }
-    std::memcpy(keys, k, key_.bytes());
-    std::memcpy(values, value_.at(r), value_.bytes());
+    const int64_t page = seq_.page_of(r) * net_.key_heads * page_head_bytes(size, net_.pages_bf16);
+    pick_attention_page_write()(k, value_.at(r), net_.heads(), net_.pages_bf16, seq_.position[r] % kPage,
+                                static_cast<char*>(layer.keys) + page, static_cast<char*>(layer.values) + page);
   }
 
-  void attend(Team& team, int thread, const Layer& layer) const {
+  void attend(Team::Member& team, const Layer& layer) const {
     const Attention job{query_.data, layer.keys, layer.values, attended_.data, nullptr};
-    const Heads shape = heads();
+    const Heads shape = net_.heads();
     const auto run = pick_attention_rows();
     const auto decode = pick_attention_decode_row();
-    float* scratch = static_cast<float*>(scratch_.at(thread));
+    float* scratch = static_cast<float*>(scratch_.at(team.thread()));
     team.each(static_cast<int64_t>(attention_.size()), [&](int64_t i) {
       const AttentionTask& task = attention_[i];
-      const Keys keys{0, 0, 0, seq_.pages(task.sequence), cache_.page};
+      const Keys keys{net_.pages_bf16, 0, 0, 0, seq_.pages(task.sequence)};
       if (task.decoding_heads > 0)
         decode(job, shape, keys, task.rows.token, task.rows.visible, task.key_head,
                task.key_head + task.decoding_heads, scratch);
@@ -235,7 +233,6 @@ class Step {
 
   const Network& net_;
   const Sequences& seq_;
-  const Cache& cache_;
   int64_t rows_;
   bool bf16_;
   Activation residual_, addend_, normed_, inner_, mixed_, query_, key_, value_, attended_, up_, gate_, scratch_;
@@ -250,16 +247,15 @@ Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, con
                       const std::optional<at::Tensor>& uniform, double temperature,
                       const std::optional<at::Tensor>& seconds) {
   const Network net = network_of(weights, shape, eps, keys, values);
-  const Cache cache{keys[0].size(1), keys[0].scalar_type() == at::kBFloat16};
-  const Sequences sequences = sequences_of(tokens, positions, cu, page_table, net, keys[0].size(0), cache.page);
+  const Sequences sequences = sequences_of(tokens, positions, cu, page_table, net, keys[0].size(0));
   const int64_t count = sequences.count;
   const auto options = at::TensorOptions().dtype(at::kFloat);
-  const Activation last = operand_rows(count, net.hidden, cache.bf16, net.arithmetic);
+  const Activation last = operand_rows(count, net.hidden, net.bf16, net.arithmetic);
   const int64_t drawn = uniform ? count : 0;
   at::Tensor token = at::empty({drawn}, at::kLong), logprob = at::empty({drawn}, options);
   at::Tensor entropy = at::empty({drawn}, options), statistics;
   double* by_phase = phase_seconds(seconds);
-  Step step(net, sequences, cache);
+  Step step(net, sequences);
   Drawn results{};
   Head head{last.left(count, net.arithmetic), net.head, net.hidden, net.vocabulary, nullptr,
             static_cast<float>(1.0 / temperature)};
@@ -270,9 +266,9 @@ Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, con
                token.data_ptr<int64_t>(), logprob.data_ptr<float>(), entropy.data_ptr<float>()};
   }
   if (count > 0)
-    Team::gather([&](Team& team, int thread) {
-      Watch watch(by_phase, thread);
-      step.run(team, thread, last, watch);
+    Team::gather([&](Team::Member& team) {
+      Watch watch(by_phase, team.thread());
+      step.run(team, last, watch);
       if (uniform) step.sample(team, head, results, watch);
     });
   for (int64_t r = 0; r < drawn; ++r)

@@ -110,7 +110,7 @@ def test_batch_order_slots_and_pages_change_no_token(llama, n):
     ids = list(range(100, 100 + len(prompts) * n))
     want = generate(llama, prompts, settings, eos, n=n, seed=1, episode_ids=ids)
     page = (
-        16 * 2 * 2 * 2 * 10 * llama.act_dtype.itemsize
+        16 * 2 * 2 * 2 * 10 * llama.kv_dtype.itemsize
     )  # layers, keys and values, heads, head size
     for limits in (
         Limits(max_active=1),
@@ -225,7 +225,7 @@ def test_filters_sample_their_law_and_return_its_log_prob(llama):
     ],
 )
 def test_what_cannot_run_is_an_error_before_anything_runs(llama, prompt, new, message):
-    page = 16 * 2 * 2 * 2 * 10 * llama.act_dtype.itemsize
+    page = 16 * 2 * 2 * 2 * 10 * llama.kv_dtype.itemsize
     limits = Limits(kv_cache_gb=4.5 * page * 1e-9)
     with pytest.raises(ConfigError, match=message):
         generate(llama, [[1], prompt], Sampling(new), frozenset(), limits=limits)

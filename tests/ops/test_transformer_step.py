@@ -34,7 +34,7 @@ def llama(folders):
 
 def cache_of(model) -> PageCache:
     a = model.architecture
-    return PageCache(a.num_layers, 40, a.num_kv_heads, a.head_dim, model.act_dtype)
+    return PageCache(a.num_layers, 40, a.num_kv_heads, a.head_dim, model.kv_dtype)
 
 
 def some_prompts():
