@@ -32,7 +32,7 @@ struct Activation {
     memory = stride > width ? at::zeros({whole, stride}, options) : at::empty({whole, stride}, options);
     data = static_cast<char*>(memory.data_ptr());
   }
-  void* at(int64_t row) const { return data + row * stride * (bf16 ? 2 : 4); }
+  char* at(int64_t row, int64_t column = 0) const { return data + (row * stride + column) * (bf16 ? 2 : 4); }
   int64_t bytes() const { return width * (bf16 ? 2 : 4); }
   Left left(int64_t rows, Arithmetic arithmetic) const {
     if (arithmetic != Arithmetic::tiles) return {data, stride, 1, stride, rows, nullptr, 0};
