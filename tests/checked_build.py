@@ -12,6 +12,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def preloads() -> list[str]:
 
 def why_not() -> str:
     """Why there can be no checked build here, or nothing."""
-    if not hasattr(builder, "compiler") or builder.compiler() is None:
+    if builder.compiler() is None:
         return "no C++ compiler"
     if extension() is None:
         return "the extension is not built, whose host halves the checked build takes"
@@ -50,7 +51,7 @@ def why_not() -> str:
 
 
 def class_flags() -> dict[str, list[str]]:
-    """Where the machine has AVX2 that class is the real one; its elders are never, so that all machines test the same."""
+    """avx2 is real where the machine has it; the higher ones never are, so that every machine tests the same."""
     classes = {
         "plain": [],
         "avx2": ["-DENGINE_LANES=8"],
@@ -71,8 +72,6 @@ def compile_loops(source: Path, name: str, flags: list[str]) -> str:
 
 
 def compile_module() -> str:
-    import sysconfig
-
     target = FOLDER / "dispatch.o"
     every = ["-DENGINE_EVERY_CLASS", "-Wno-unused-function"] if len(class_flags()) > 1 else []
     include = f"-I{sysconfig.get_path('include')}"
