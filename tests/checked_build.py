@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setup as builder
-
 from engine.kernels._backend import extension
 
 FOLDER = builder.ROOT / "build" / "checked"

@@ -1,7 +1,7 @@
 """The products and attention at the edges of their blocks: on whole numbers, where every sum is exact in any order.
 
-Rows and columns just below, at and above 16, 32, 48, 64 and 128, depths around 32 and 64 and in several pieces. A row too
-many, a tail left out or a padding that is not zero is then a difference, however small its share.
+Rows and columns just below, at and above 16, 32, 48, 64 and 128, depths around 32 and 64 and in several pieces. A row
+too many, a tail left out or a padding that is not zero is then a difference, however small its share.
 """
 
 import pytest
