@@ -23,9 +23,9 @@ constexpr int kFmaRows = 4;
 
 // One rounding on every class that has the instruction, whatever the compiler would contract.
 ENGINE_INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
-#if ENGINE_LANES == 16
+#if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
-#elif ENGINE_LANES == 8
+#elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
@@ -105,7 +105,7 @@ ENGINE_INLINE void store_one(const Out& out, int64_t at, float value) {
 }
 
 ENGINE_INLINE void store_bf16(uint16_t* p, vfloat v) {
-#if defined(__AVX512BF16__)
+#if defined(ENGINE_TILES)
   const __m256bh half = _mm512_cvtneps_pbh(v);  // as store(), except that denormals become zero, as in the tiles
   std::memcpy(p, &half, sizeof(half));
 #else
