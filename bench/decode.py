@@ -36,8 +36,9 @@ OUTPUT_BYTES = (
 )  # of one call of the products alone: they stay in the cache, as the step's do
 RATIO_IS = (
     "ratio: a whole step over the same products alone, through `linear`, with weights that read the same input put side"
-    " by side so that no call's own cost counts; ratio_inside: over products and head as timed inside the step, with"
-    " its waiting at barriers, and the head's statistics"
+    " by side so that no call's own cost counts; each the best of some rounds in turns, since `linear` cuts its work"
+    " into equal parts before it starts and suffers more than the step when one core is taken away. ratio_inside: the"
+    " mean step over products and head as timed inside it, its waiting at barriers and the head's statistics included"
 )
 
 
@@ -112,17 +113,16 @@ def stacked_products(model: Model, rows: int) -> Callable[[], object]:
     return run
 
 
-def timed(run: Callable[[], object], rounds: int) -> float:
+def timed(run: Callable[[], object]) -> float:
     began = time.perf_counter()
-    for _ in range(rounds):
-        run()
-    return (time.perf_counter() - began) / rounds
+    run()
+    return time.perf_counter() - began
 
 
 def rounds_of(run: Callable[[], object], seconds: float = 0.5) -> int:
-    """Warms up, and says how many rounds take about `seconds`."""
+    """Warms up, and says how many rounds take about `seconds`: three or more."""
     run()
-    return max(1, round(seconds / timed(run, 1)))
+    return max(3, round(seconds / timed(run)))
 
 
 @torch.no_grad()
@@ -133,20 +133,21 @@ def step_against_products(model: engine.HybridEngine, rows: int, repeats: int, l
     products = stacked_products(model.model, rows)
     rounds, _ = rounds_of(step[0]), products()
     recorder.phases.zero_(), recorder.calls.clear()
-    pairs = [(timed(step[0], rounds), timed(products, rounds)) for _ in range(repeats)]
-    phases = recorder.a_step()
-    whole, sizes = statistics.median(s for s, _ in pairs), floors.Sizes.of(model.model)
-    mean = statistics.fmean(s for s, _ in pairs)
+    turns = [[(timed(step[0]), timed(products)) for _ in range(rounds)] for _ in range(repeats)]
+    best = [tuple(min(side) for side in zip(*some, strict=True)) for some in turns]
+    mean = statistics.fmean(own for some in turns for own, _ in some)
+    whole, alone = (statistics.median(side) for side in zip(*best, strict=True))
+    phases, sizes = recorder.a_step(), floors.Sizes.of(model.model)
     return {
         "workload": "step",
         "sequences": rows,
         "context": CONTEXT,
         "peer": "products alone",
-        **spread([own / alone for own, alone in pairs]),
+        **spread([own / other for own, other in best]),
         "ratio_inside": mean / (phases["products"] + phases["head"]),
         "ratio_is": RATIO_IS,
         "step_ms": whole * 1e3,
-        "products_ms": statistics.median(alone for _, alone in pairs) * 1e3,
+        "products_ms": alone * 1e3,
         "floor_ratio": whole / floors.step_floor(limits, sizes, rows, CONTEXT),
     }
 
@@ -217,7 +218,7 @@ def scale(model: engine.HybridEngine, rows: int, context: int, repeats: int, lim
         return {**row, "left_out": f"its cache needs {row['cache_gb']:.1f} GB, {free:.1f} are free"}
     step, _cache = decode_step(model.model, rows, context)
     rounds = rounds_of(step)
-    seconds = statistics.median(timed(step, rounds) for _ in range(repeats))
+    seconds = statistics.median(timed(step) for _ in range(rounds * repeats))
     return {
         **row,
         "tokens_per_s": rows / seconds,
