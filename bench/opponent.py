@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,11 @@ class Served(Opponent):
             env=environment,
             start_new_session=True,  # its helpers are stopped with it
         )
-        self.versions = dict(self._answer()["versions"])
+        try:
+            self.versions = dict(self._answer()["versions"])
+        except BaseException:  # also when this program is stopped: a start can take minutes
+            self.__exit__()
+            raise
         self._signal(signal.SIGSTOP)
 
     def run(self, case: Case) -> tuple[float, int]:
@@ -100,7 +104,8 @@ class Served(Opponent):
         self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self._process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended: the next answer says so
+            os.killpg(self._process.pid, number)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -197,6 +198,7 @@ def main() -> None:
     if ops.cpu_class() == "reference":
         sys.exit("bench.rollout: the C++ kernels are not built here; want them, see engine.ops")
     torch.set_num_threads(args.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no peer outlives this
     limits = machine.limits(args.threads)
     model = engine.HybridEngine.from_pretrained(args.model, dtype=args.dtype)
     check(model)
