@@ -36,17 +36,22 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def write(path: Path, rows: list[Row], limits: Row) -> None:
-    """Machine and versions are those of the last run; every row has the commit and the day it was measured on."""
-    own = versions()
-    stamp = {"commit": own.get("commit", "unknown"), "date": datetime.now(UTC).date().isoformat()}
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    result = {
+def header(limits: Row) -> Row:
+    """What the last run was made with."""
+    return {
         "cpu_class": ops.cpu_class(),
         "machine": {"processor": processor(), **limits},
-        "versions": own,
-        "rows": merged(old, [{**rounded(row), **stamp} for row in rows]),
+        "versions": versions(),
     }
+
+
+def write(path: Path, rows: list[Row], limits: Row) -> None:
+    """Machine and versions are those of the last run; every row has the commit and the day it was measured on."""
+    head = header(limits)
+    commit = head["versions"].get("commit", "unknown")
+    stamp = {"commit": commit, "date": datetime.now(UTC).date().isoformat()}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    result = {**head, "rows": merged(old, [{**rounded(row), **stamp} for row in rows])}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
