@@ -155,11 +155,13 @@ def llama_seconds(table: str) -> float:
 
 
 def llama_version(program: Path) -> str:
-    """The package that the source came in, and what the program says of itself."""
+    """The package that the source came in; without one, what the program says of itself."""
     packages = [part for part in program.parts if re.fullmatch(r"llama_cpp_python-[\d.]+", part)]
+    if packages:
+        return packages[-1]
     done = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=False)
     said = re.findall(r"version: (.+)", done.stdout + done.stderr)
-    return ", ".join([*packages, *said]) or "unknown"
+    return said[0] if said else "unknown"
 
 
 def opponent(name: str, peers: Path, model: str, cpu_class: str, threads: int) -> Opponent:

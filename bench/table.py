@@ -1,4 +1,4 @@
-"""`python -m bench.table [DIR]`: the README's tables of rollouts, from DIR/rollout-<class>.json of each class of CPU."""
+"""`python -m bench.table [DIR]`: the README's tables of rollouts, from DIR/rollout-<class>.json of each class."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def machines(results: dict[str, Row]) -> str:
     """One line a class: processor, threads, and the peers with their versions and dtypes."""
     lines = []
     for name, found in results.items():
-        peers: dict[str, str] = {}
-        for row in found["rows"]:
-            peer = row.get("peer")
-            if peer in PEERS:
-                version = row["peer_versions"][VERSION_OF[peer]]
-                peers[peer] = f"{PEERS[peer]} {version} in {row['peer_dtype']}"
+        shown = [find(found["rows"], *case, peer) for peer in PEERS for case in WORKLOADS]
+        peers = [
+            f"{PEERS[row['peer']]} {row['peer_versions'][VERSION_OF[row['peer']]]} in {row['peer_dtype']}"
+            for row in shown
+            if row is not None
+        ]
         machine = found["machine"]
-        told = [f"{machine['processor']}, {machine['threads']} threads", *peers.values()]
+        told = [f"{machine['processor']}, {machine['threads']} threads", *dict.fromkeys(peers)]
         lines.append(f"- `{name}`: " + "; ".join(told))
     return "\n".join(lines)
 
