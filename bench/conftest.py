@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import kernels, machine
+from bench import machine, suite
 from engine import ops
 
 
@@ -54,14 +54,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         op, params = Path(one.fullname.split("::")[0]).stem.removeprefix("test_"), one.params or {}
         what = plain_name(one.name).removeprefix(op).strip("_") or "op"
         case = case_of(what, params)
-        name = params.get("name", kernels.OURS)
-        measured.append(kernels.Measured(op, case, name, one.stats.min, dict(one.extra_info)))
+        name = params.get("name", suite.OURS)
+        measured.append(suite.Measured(op, case, name, one.stats.min, dict(one.extra_info)))
     limits = machine.limits(torch.get_num_threads())
-    rows = kernels.rows_of(measured, limits)
+    rows = suite.rows_of(measured, limits)
     terminalreporter.section(f"kernels, class {ops.cpu_class()}")
-    for line in kernels.lines(rows):
+    for line in suite.lines(rows):
         terminalreporter.write_line(line)
     if folder := config.getoption("--kernel_results"):
         path = Path(folder) / f"kernels-{ops.cpu_class()}.json"
-        kernels.write(path, rows, limits)
+        suite.write(path, rows, limits)
         terminalreporter.write_line(f"written: {path}")

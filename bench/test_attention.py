@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.kernels import work
+from bench.suite import work
 from engine.kernels.attention import attention
 
 HEADS, KEY_HEADS, SIZE = 9, 3, 64  # SmolLM2-135M

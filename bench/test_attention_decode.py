@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.kernels import work
+from bench.suite import work
 from engine.kernels.attention_decode import attention_decode
 
 HEADS, KEY_HEADS, SIZE, PAGE = 9, 3, 64, 16  # SmolLM2-135M

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.kernels import work
+from bench.suite import work
 from engine.kernels.kl_reward import kl_reward, kl_reward_reference
 
 RUNS = {"engine": kl_reward, "torch": kl_reward_reference}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.kernels import work
+from bench.suite import work
 from engine.kernels._backend import cpu_class
 from engine.kernels.linear import linear, pack_weight, refresh_weight
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.kernels import work
+from bench.suite import work
 from engine.kernels._backend import cpu_class
 from engine.kernels.linear import pack_weight
 from engine.kernels.linear_sample import linear_sample, linear_sample_reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.kernels import work
+from bench.suite import work
 from engine.kernels._backend import backend
 from engine.kernels.ppo_policy_loss import ppo_policy_loss
 

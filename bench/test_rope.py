@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.kernels import skip_most_compiled, work
+from bench.suite import skip_most_compiled, work
 from engine.kernels.rope import rope, rope_reference
 
 RUNS = {"engine": rope, "torch": rope_reference, "compiled": torch.compile(rope_reference)}

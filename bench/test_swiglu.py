@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from bench.kernels import skip_most_compiled, work
+from bench.suite import skip_most_compiled, work
 from engine.kernels.swiglu import swiglu
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench import floors
-from bench.kernels import work
+from bench.suite import work
 from engine.generate.cache import PAGE, PageCache
 from engine.generate.sampling import Sampling
 from engine.generate.steps import DefinedSteps, KernelSteps, Rows

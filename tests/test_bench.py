@@ -17,7 +17,6 @@ import engine
 from bench import (
     decode,
     floors,
-    kernels,
     machine,
     opponent,
     peer,
@@ -324,29 +323,29 @@ def test_the_table_by_hand(tmp_path):
     assert "- `avx2`: P, 2 threads; transformers 5 in float32; llama.cpp 1 in f16" in text
 
 
-def measured(name: str, seconds: float, **work: float) -> kernels.Measured:
-    return kernels.Measured("rmsnorm", "op rows=32", name, seconds, dict(work))
+def measured(name: str, seconds: float, **work: float) -> suite.Measured:
+    return suite.Measured("rmsnorm", "op rows=32", name, seconds, dict(work))
 
 
 def test_rows_of_kernels_by_hand():
     work = {"bytes": 2 << 20, "flop": 1000}  # 60 GB/s reading, 30 copying a MiB: 35 us
     given = [measured("engine", 7e-5, **work), measured("torch", 2e-4), measured("compiled", 1e-4)]
-    alone = kernels.Measured("gae", "op", "torch", 1.0)
-    rows = kernels.rows_of([*given, alone], LIMITS)
+    alone = suite.Measured("gae", "op", "torch", 1.0)
+    rows = suite.rows_of([*given, alone], LIMITS)
     assert len(rows) == 1  # a case without ours says nothing
     row = rows[0]
     assert row["alternative"] == "compiled" and row["ratio"] == pytest.approx(1e-4 / 7e-5)
     assert row["alternatives_us"] == {"torch": pytest.approx(200), "compiled": pytest.approx(100)}
     assert row["floor_ratio"] == pytest.approx(7e-5 / ((2 << 20) / 60e9))
-    text = kernels.lines(rows)
+    text = suite.lines(rows)
     assert text[0].split()[:2] == ["op", "case"] and "1.43" in text[1]
 
 
 def test_limits_of_products_count_tiles_only_for_bf16():
     limits = {**LIMITS, "amx_bf16_gflops": 1000.0}
-    assert kernels.least_seconds({"flop": 1e9, "bf16": True}, limits) == pytest.approx(1e-3)
-    assert kernels.least_seconds({"flop": 1e9, "bf16": False}, limits) == pytest.approx(1e-2)
-    assert kernels.least_seconds({}, limits) == 0
+    assert suite.least_seconds({"flop": 1e9, "bf16": True}, limits) == pytest.approx(1e-3)
+    assert suite.least_seconds({"flop": 1e9, "bf16": False}, limits) == pytest.approx(1e-2)
+    assert suite.least_seconds({}, limits) == 0
 
 
 def test_a_file_of_kernels_keeps_the_other_rows(tmp_path):
@@ -355,8 +354,8 @@ def test_a_file_of_kernels_keeps_the_other_rows(tmp_path):
         {"op": "gae", "case": "op", "ours_us": 1.0},
         {"op": "whiten", "case": "op", "ours_us": 2.0},
     ]
-    kernels.write(path, rows, LIMITS)
-    kernels.write(path, [{"op": "gae", "case": "op", "ours_us": 3.0}], LIMITS)
+    suite.write(path, rows, LIMITS)
+    suite.write(path, [{"op": "gae", "case": "op", "ours_us": 3.0}], LIMITS)
     found = json.loads(path.read_text())
     assert [(r["op"], r["ours_us"]) for r in found["rows"]] == [("gae", 3.0), ("whiten", 2.0)]
     assert len(path.read_text().splitlines()) < 60  # one row a line

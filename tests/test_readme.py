@@ -125,7 +125,9 @@ def test_what_comes_out_is_the_recorded_run():
 
 
 def test_the_tables_of_rollouts_are_the_recorded_runs():
-    assert f"\n{render(ROOT / 'bench/results')}\n" in TEXT, "paste what `python -m bench.table` prints"
+    assert f"\n{render(ROOT / 'bench/results')}\n" in TEXT, (
+        "paste what `python -m bench.table` prints"
+    )
 
 
 def test_the_line_on_human_data_is_the_recorded_run():
