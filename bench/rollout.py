@@ -1,35 +1,42 @@
-"""`python -m bench.rollout --model M [--peer hf|vllm|llama --peer_python PATH]`: rollouts against a peer.
+"""`python -m bench.rollout --model M [--prompts FILE] [--peers DIR]`: rollouts of the engine alone, then against peers.
 
 Both sides do the same work in alternation on the same machine; the peer is stopped while the engine
-runs. What counts is the ratio, its median and its spread over the repeats. Before any timing, the
+runs. What counts is the ratio, its median and its spread over the pairs. Before any timing, the
 engine's log-probs of what it samples are checked against its training forward (equal to the bit) and,
 in fp32, against transformers.
 
-Without --peer: the engine alone, with its distance to the machine's floor. Rows are added to
-bench/results/rollout-<class>.json; rows of the same workload and peer are replaced.
+DIR holds the peers (opponent.py says how); one that is not there is skipped, and said so. `--sides`
+and `--only` choose among sides and workloads. Rows go to bench/results/rollout-<class>.json after
+each side; rows with the same key are replaced, others kept.
+
+    rollout  1, 16, 64 sequences of 64 random prompt tokens, 64 new ones each
+    ragged   256 real prompts, at most 128 new tokens each, stopped at the end of sequence; its ratio
+             is of seconds a new token, since each side draws its own lengths
+    step     a decode step against its matrix products alone     phases   a decode step by phase
+    scale    decoding over batch and context, with memory        shared   K samples that share prompts
+    start    a process that loads the model and draws one token
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import engine
-from bench import machine, workloads
-from bench.opponent import Llama, Opponent, Served
+from bench import decode, machine, records, workloads
+from bench.opponent import NAMES, Missing, Opponent, opponent
 from engine import ops
-from engine.run.session import versions
 
 Row = dict[str, Any]
+WORKLOADS = ("rollout", "ragged", "step", "phases", "scale", "shared", "start")
 
 
 def check(model: engine.HybridEngine) -> None:
@@ -55,143 +62,154 @@ def check_against_transformers(folder: str) -> None:
         torch.testing.assert_close(got.double(), row, rtol=0, atol=1e-4)
 
 
-def alternate(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> Row:
-    """Seconds of both, once to warm up and then in turns."""
-    ours(), theirs()
+Sample = tuple[float, int]  # seconds, new tokens
+
+
+def alternate(
+    ours: Callable[[], Sample], theirs: Callable[[], Sample], repeats: int
+) -> tuple[Row, float]:
+    """Seconds a new token of both sides in turns, as a row; and our median seconds a token."""
     pairs = [(ours(), theirs()) for _ in range(repeats)]
-    ratios = sorted(peer / own for own, peer in pairs)
-    return {
-        "ratio": statistics.median(ratios),
-        "ratio_min": ratios[0],
-        "ratio_max": ratios[-1],
-        "seconds": statistics.median(own for own, _ in pairs),
-        "peer_seconds": statistics.median(peer for _, peer in pairs),
+    costs = [tuple(seconds / tokens for seconds, tokens in pair) for pair in pairs]
+    own, other = (statistics.median(side) for side in zip(*costs, strict=True))
+    row = {
+        **workloads.spread([theirs / ours for ours, theirs in costs]),
+        "tokens_per_s": 1.0 / own,
+        "peer_tokens_per_s": 1.0 / other,
+        "tokens": statistics.median(ours[1] for ours, _ in pairs),
+        "peer_tokens": statistics.median(theirs[1] for _, theirs in pairs),
+        "repeats": repeats,
     }
+    return row, own
 
 
-def against(case: workloads.Case, model: engine.HybridEngine, peer: Opponent, repeats: int) -> Row:
-    """One workload, seconds a token on both sides: with early stops each side draws its own lengths."""
+def against(
+    case: workloads.Case, model: engine.HybridEngine, peer: Opponent, repeats: int, limits: Row
+) -> Row:
+    """One workload on both sides.
 
-    def ours() -> float:
-        return workloads.seconds_a_token(model, case)
+    Raises RuntimeError where a peer that was to stop nowhere has done other work than asked.
+    """
 
-    def theirs() -> float:
+    def ours() -> Sample:
+        return workloads.run(model, case)
+
+    def theirs() -> Sample:
         with peer.awake():
             seconds, tokens = peer.run(case)
-        return seconds / tokens
+        want = case.sequences * case.max_new_tokens
+        if not case.stop and tokens != want:
+            raise RuntimeError(
+                f"{case.name}: the peer {peer.name} gave {tokens} tokens, want {want}"
+            )
+        return seconds, tokens
 
-    row = alternate(ours, theirs, repeats)
-    row["tokens_per_s"] = 1.0 / row.pop("seconds")
-    row["peer_tokens_per_s"] = 1.0 / row.pop("peer_seconds")
-    return {"workload": case.name, "sequences": case.sequences, "peer": peer.name, **row}
-
-
-def alone(case: workloads.Case, model: engine.HybridEngine, repeats: int, found: Row) -> Row:
-    """One workload of the engine, and how far it is from the floor of its products and bytes."""
-    workloads.seconds_a_token(model, case)
-    seconds = [workloads.seconds_a_token(model, case) for _ in range(repeats)]
-    floor = workloads.floor_seconds_a_token(model, case, found)
+    if not case.stop:
+        ours(), theirs()  # to warm up; a ragged run is long enough without
+    row, own = alternate(ours, theirs, repeats)
     return {
         "workload": case.name,
         "sequences": case.sequences,
-        "peer": "",
-        "tokens_per_s": 1.0 / statistics.median(seconds),
-        "tokens_per_s_min": 1.0 / max(seconds),
-        "tokens_per_s_max": 1.0 / min(seconds),
-        "floor_ratio": statistics.median(seconds) / floor,
+        "peer": peer.name,
+        "peer_dtype": peer.dtype,
+        "peer_versions": peer.versions,
+        **row,
+        "floor_ratio": own / workloads.floor_a_token(model, case, row["tokens"], limits),
     }
 
 
-def own_rows(model: engine.HybridEngine, args: argparse.Namespace, found: Row) -> list[Row]:
-    rows = [alone(case, model, args.repeats, found) for case in workloads.cases(args, model)]
-    rows += [workloads.step_against_products(model, n, args.repeats) for n in (16, 64)]
-    rows.append(workloads.shared_prompts(model, args.repeats))
-    rows.append(start_up(args))
-    return rows
+def own_rows(model: engine.HybridEngine, args: argparse.Namespace, limits: Row) -> Iterator[Row]:
+    repeats, only = args.repeats, args.only
+    for case in workloads.cases(args, model):
+        yield workloads.alone(case, model, repeats_of(case, args), limits)
+    if "step" in only:
+        yield from (decode.step_against_products(model, n, repeats, limits) for n in decode.ROWS)
+    if "phases" in only:
+        yield from (decode.phases(model, n, repeats, limits) for n in decode.ROWS)
+    if "scale" in only:
+        longest = model.model.architecture.max_positions
+        for rows, context in decode.scale_sizes(longest):
+            yield decode.scale(model, rows, context, repeats, limits)
+    if "shared" in only:
+        yield workloads.shared_prompts(model, repeats, limits)
+    if "start" in only:
+        yield workloads.start_up(args)
 
 
-def start_up(args: argparse.Namespace) -> Row:
-    """Seconds of a whole process that loads the model and draws one token, and of loading and drawing alone."""
-    code = (
-        "import time; began = time.perf_counter(); import engine; imported = time.perf_counter();"
-        f" m = engine.HybridEngine.from_pretrained({args.model!r}, dtype={args.dtype!r});"
-        " m.generate([[5, 6, 7]], max_new_tokens=1);"
-        " print(imported - began, time.perf_counter() - imported)"
+def peer_rows(
+    name: str, model: engine.HybridEngine, args: argparse.Namespace, limits: Row
+) -> Iterator[Row]:
+    cases = workloads.cases(args, model)
+    if not cases:
+        return
+    if args.peers is None:
+        print(f"bench.rollout: {name} is skipped: no --peers DIR")
+        return
+    try:
+        peer = opponent(name, args.peers, args.model, ops.cpu_class(), args.threads)
+    except Missing as reason:
+        print(f"bench.rollout: {name} is skipped: {reason}")
+        return
+    with peer:
+        for case in cases:
+            if peer.can(case):
+                yield against(case, model, peer, repeats_of(case, args), limits)
+
+
+def repeats_of(case: workloads.Case, args: argparse.Namespace) -> int:
+    return args.ragged_repeats if case.stop else args.repeats
+
+
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    times = []
-    for _ in range(args.repeats):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        )
-        loading = float(done.stdout.split()[-1])
-        times.append((time.perf_counter() - began, loading))
-    return {
-        "workload": "start",
-        "sequences": 1,
-        "peer": "",
-        "seconds_process": statistics.median(whole for whole, _ in times),
-        "seconds_from_pretrained": statistics.median(loading for _, loading in times),
-    }
+    sides = ("alone", *NAMES)
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument(
+        "--prompts", type=Path, help="JSONL with `prompt` or `messages`, for ragged"
+    )
+    parser.add_argument("--peers", type=Path, help="folder with hf, vllm, llama")
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, metavar="SIDE")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="NAME")
+    parser.add_argument("--sequences", nargs="+", type=int, default=(1, 16, 64), help="of rollout")
+    parser.add_argument("--dtype", default="bfloat16", help="the engine's storage dtype")
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--ragged_repeats", type=int, default=1, help="minutes each for a slow peer"
+    )
+    parser.add_argument("--results", type=Path, default=Path("bench/results"))
+    args = parser.parse_args(words)
+    for name in ("repeats", "ragged_repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: got {getattr(args, name)}, want 1 or more")
+    return args
 
 
-def opponent(args: argparse.Namespace) -> Opponent | None:
-    if args.peer is None:
-        return None
-    if args.peer_python is None:
-        sys.exit(
-            f"bench.rollout: --peer {args.peer} needs --peer_python, the program to run it with"
-        )
-    dtype = args.peer_dtype or ("float32" if ops.cpu_class() in ("avx2", "plain") else "bfloat16")
-    if args.peer == "llama":
-        return Llama(args.peer_python, args.gguf, args.threads)
-    return Served(args.peer, args.peer_python, args.model, dtype, args.threads)
-
-
-def write(path: Path, rows: list[Row], found: Row) -> None:
-    """Rows by workload, sequences and peer; the newest one of each."""
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    keyed = {(r["workload"], r["sequences"], r["peer"]): r for r in [*old, *rows]}
-    result = {"versions": versions(), "machine": found, "rows": list(keyed.values())}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+def shown(row: Row) -> str:
+    """A row without what is the same in all of them."""
+    hidden = ("ratio_is", "peer_versions", "dtype")
+    return json.dumps({k: v for k, v in records.rounded(row).items() if k not in hidden})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a Hugging Face folder")
-    parser.add_argument("--dtype", default="bfloat16", help="the engine's storage dtype")
-    parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--prompts", type=Path, help="JSONL with `prompt`: adds the ragged workload"
-    )
-    parser.add_argument("--peer", choices=["hf", "vllm", "llama"])
-    parser.add_argument(
-        "--peer_python", help="python of the peer's environment; llama: its llama-batched-bench"
-    )
-    parser.add_argument(
-        "--peer_dtype", help="default: bfloat16, float32 where the CPU has no bf16 products"
-    )
-    parser.add_argument("--gguf", help="llama: the model as GGUF")
-    parser.add_argument("--results", type=Path, default=Path("bench/results"))
-    args = parser.parse_args()
+    args = parsed()
+    if ops.cpu_class() == "reference":
+        sys.exit("bench.rollout: the C++ kernels are not built here; want them, see engine.ops")
     torch.set_num_threads(args.threads)
-    found = machine.limits(args.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no peer outlives this
+    limits = machine.limits(args.threads)
     model = engine.HybridEngine.from_pretrained(args.model, dtype=args.dtype)
     check(model)
     check_against_transformers(args.model)
-    peer = opponent(args)
-    rows: list[Row] = []
-    if peer is None:
-        rows = own_rows(model, args, found)
-    else:
-        with peer:
-            cases = [c for c in workloads.cases(args, model) if peer.can(c)]
-            rows = [against(case, model, peer, args.repeats) for case in cases]
-    for row in rows:
-        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
-    write(args.results / f"rollout-{ops.cpu_class()}.json", rows, found)
+    path = args.results / f"rollout-{ops.cpu_class()}.json"
+    for side in args.sides:
+        found = own_rows if side == "alone" else lambda *given, n=side: peer_rows(n, *given)
+        for row in found(model, args, limits):
+            row = {**row, "dtype": args.dtype}
+            print(shown(row), flush=True)
+            records.write(path, [row], limits)  # at once: what is measured outlives a stop
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """attention: C++ against torch, a sequence at a time; and a prompt shared or repeated."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.suite import work
 from engine.kernels.attention import attention
 
 HEADS, KEY_HEADS, SIZE = 9, 3, 64  # SmolLM2-135M
@@ -41,23 +44,38 @@ def test_attention(benchmark, name, backward, length, dtype):
     torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
     grad = torch.randn_like(q)
 
-    def forward_only() -> None:
+    def forward_only(of: Callable[..., Tensor]) -> Tensor:
         with torch.no_grad():
-            run(q, k, v, cu)
+            return of(q, k, v, cu)
 
-    def forward_and_backward() -> None:
-        torch.autograd.grad(run(q, k, v, cu), (q, k, v), grad)
+    def forward_and_backward(of: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(of(q, k, v, cu), (q, k, v), grad)
 
-    scores = 4 * HEADS * SIZE * sum(n * (n + 1) // 2 for n in lengths)
-    benchmark.extra_info["flop"] = scores * (3.5 if backward else 1)
-    benchmark(forward_and_backward if backward else forward_only)
+    if backward:
+        for own, other in zip(
+            forward_and_backward(attention), forward_and_backward(torch_attention), strict=True
+        ):
+            torch.testing.assert_close(own.float(), other.float(), rtol=5e-2, atol=5e-2)
+    flop = 4 * HEADS * SIZE * sum(n * (n + 1) // 2 for n in lengths)
+    size = 2 * (q.nbytes + k.nbytes) * (2 if backward else 1)
+    work(benchmark, size, flop * (3.5 if backward else 1), bf16=dtype == torch.bfloat16)
+    benchmark(forward_and_backward if backward else forward_only, run)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_eight_answers_to_a_prompt(benchmark, shared):
+@pytest.mark.parametrize("name", ["engine", "whole sequences"])
+def test_attention_of_eight_answers_to_a_prompt(benchmark, name):
     """512 tokens of prompt, 64 of each answer: as one prompt and 8 answers, or as 8 whole sequences."""
-    lengths = [512] + [64] * 8 if shared else [576] * 8
-    prefix = torch.zeros(9, dtype=torch.int32) if shared else None
-    q, k, v = inputs(sum(lengths), torch.float32)
+    prompt, answers, prefix = 512, [64] * 8, torch.zeros(9, dtype=torch.int32)
+    q, k, v = inputs(prompt + sum(answers), torch.float32)
+    at = torch.arange(512 + 512)
+    rows = torch.cat([torch.cat([at[:512], at[512 + 64 * i :][:64]]) for i in range(8)])
+    given = {
+        "engine": (q, k, v, offsets([prompt, *answers]), prefix),
+        "whole sequences": (q[rows], k[rows], v[rows], offsets([576] * 8)),
+    }
     with torch.no_grad():
-        benchmark(attention, q, k, v, offsets(lengths), prefix)
+        shared, apart = (attention(*given[n]) for n in given)
+        torch.testing.assert_close(shared[rows], apart, rtol=1e-4, atol=1e-5)
+        pairs = 512 * 513 // 2 + 8 * (64 * 512 + 64 * 65 // 2)
+        work(benchmark, 2 * (q.nbytes + k.nbytes), 4 * HEADS * SIZE * pairs)
+        benchmark(attention, *given[name])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.suite import work
 from engine.kernels.attention_decode import attention_decode
 
 HEADS, KEY_HEADS, SIZE, PAGE = 9, 3, 64, 16  # SmolLM2-135M
@@ -26,7 +27,8 @@ def test_attention_decode(benchmark, name, rows, context, dtype):
 
     ours = attention_decode(q, k, v, table, lengths)
     torch.testing.assert_close(ours.float(), torch_decode().float(), rtol=3e-2, atol=3e-2)
-    benchmark.extra_info["bytes"] = 2 * k.numel() * k.element_size()
+    flop = 4 * rows * context * HEADS * SIZE
+    work(benchmark, 2 * k.nbytes, flop, bf16=dtype == torch.bfloat16)
     if name == "engine":
         benchmark(attention_decode, q, k, v, table, lengths)
     else:

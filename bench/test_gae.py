@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.suite import work
 from engine.kernels.gae import gae
 
 
@@ -19,8 +20,8 @@ def padded_loop(
     return torch.stack(out[::-1], dim=1)
 
 
-@pytest.mark.parametrize("backend", ["engine", "padded_loop"])
-def test_gae(benchmark, backend):
+@pytest.mark.parametrize("name", ["engine", "padded loop"])
+def test_gae(benchmark, name):
     episodes, length = 512, 1024
     reward, value = torch.randn(episodes, length), torch.randn(episodes, length)
     cu = torch.arange(0, episodes * length + 1, length, dtype=torch.int32)
@@ -31,7 +32,8 @@ def test_gae(benchmark, backend):
         rtol=1e-3,
         atol=1e-3,
     )
-    if backend == "engine":
+    work(benchmark, 4 * reward.nbytes)
+    if name == "engine":
         benchmark(gae, *flat, cu)
     else:
         benchmark(padded_loop, reward, value, 1.0, 0.95)

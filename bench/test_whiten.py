@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.suite import work
 from engine.kernels.whiten import whiten
 
 
@@ -11,8 +12,9 @@ def in_torch(x: torch.Tensor) -> torch.Tensor:
     return (x - mean) * torch.rsqrt(variance + 1e-8)
 
 
-@pytest.mark.parametrize("name", ["cpp", "torch"])
+@pytest.mark.parametrize("name", ["engine", "torch"])
 def test_whiten(benchmark, name):
     x = torch.randn(512 * 1024)
     torch.testing.assert_close(whiten(x), in_torch(x), rtol=1e-4, atol=1e-5)
-    benchmark(whiten if name == "cpp" else in_torch, x)
+    work(benchmark, 2 * x.nbytes)
+    benchmark(whiten if name == "engine" else in_torch, x)

@@ -1,4 +1,7 @@
-"""What bench.rollout runs: the same prompts for the engine and its peers, and the floors."""
+"""What bench.rollout runs on both sides: the same prompts for the engine and its peers; and what only the engine does.
+
+Steps of decoding alone are in decode.py.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,24 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import engine
-from bench import machine
-from engine.generate.cache import PAGE, PageCache
+from bench import floors
 from engine.generate.generator import generate
 from engine.generate.sampling import Sampling
-from engine.generate.steps import KernelSteps, Rows
-from engine.kernels.linear import linear
-from engine.model.transformer import Model
 
 PROMPT, NEW = 64, 64  # tokens
 RAGGED, RAGGED_NEW = 256, 128
+
+Row = dict[str, Any]
+Encode = Callable[[Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Case:
     name: str
     prompts: list[list[int]]
     max_new_tokens: int
-    stop: bool  # at the end-of-sequence token; otherwise every sequence has max_new_tokens
+    stop: tuple[int, ...]  # ids that end a sequence; empty: each has max_new_tokens
 
     @property
     def sequences(self) -> int:
@@ -46,101 +48,116 @@ def random_prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
     return [[draws.randint(100, 40000) for _ in range(length)] for _ in range(count)]
 
 
+def real_prompts(path: Path, encode: Encode, count: int = RAGGED) -> list[list[int]]:
+    """The first rows of a JSONL file: `messages`, or `prompt` as a user's message, through the chat template.
+
+    Raises SystemExit on a file with fewer rows: another set would be another workload.
+    """
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+    if len(rows) < count:
+        sys.exit(f"bench.rollout: {path}: got {len(rows)} rows, want {count}; give a larger file")
+    return [encode(row.get("messages") or row["prompt"]) for row in rows]
+
+
 def cases(args: argparse.Namespace, model: engine.HybridEngine) -> list[Case]:
-    found = [Case("rollout", random_prompts(n, PROMPT), NEW, False) for n in (1, 16, 64)]
-    if args.prompts:
-        found.append(Case("ragged", real_prompts(args.prompts, model), RAGGED_NEW, True))
+    found = []
+    if "rollout" in args.only:
+        found = [Case("rollout", random_prompts(n, PROMPT), NEW, ()) for n in args.sequences]
+    if "ragged" in args.only and args.prompts is None:
+        print("bench.rollout: ragged is left out: it wants real prompts, --prompts FILE.jsonl")
+    elif "ragged" in args.only:
+        prompts = real_prompts(args.prompts, model.encode)
+        found.append(Case("ragged", prompts, RAGGED_NEW, tuple(sorted(model.eos_ids))))
     return found
 
 
-def real_prompts(path: Path, model: engine.HybridEngine) -> list[list[int]]:
-    with path.open() as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(RAGGED), strict=False)]
-    return [model.encode(row.get("messages") or row["prompt"]) for row in rows]
-
-
-def seconds_a_token(model: engine.HybridEngine, case: Case) -> float:
-    """Prefill included. Without `stop` no token ends a sequence: the end-of-sequence tokens are taken away."""
-    network, prompts = model.model, case.prompts
-    eos = model.eos_ids if case.stop else frozenset[int]()
+def run(model: engine.HybridEngine, case: Case) -> tuple[float, int]:
+    """Seconds, prefill included, and new tokens."""
+    settings = Sampling(case.max_new_tokens)
     began = time.perf_counter()
-    out = generate(network, prompts, Sampling(case.max_new_tokens), eos)
-    return (time.perf_counter() - began) / sum(len(o.tokens) for o in out)
+    out = generate(model.model, case.prompts, settings, frozenset(case.stop), limits=model.limits)
+    return time.perf_counter() - began, sum(len(o.tokens) for o in out)
 
 
-def weight_bytes(model: Model) -> int:
-    """Of the compute copy that a decode step reads: matrices; rows of embeddings are next to nothing."""
-    names = [n for n, spec in model.weights.specs.items() if spec.kind == "matrix"]
-    return sum(model.weights.packed(n).dense.numel() for n in names) * model.dtype.itemsize
+def floor_a_token(model: engine.HybridEngine, case: Case, new_tokens: float, limits: Row) -> float:
+    """Seconds a new token that no engine on this machine can be below."""
+    sizes, lengths = floors.Sizes.of(model.model), [len(p) for p in case.prompts]
+    active = model.limits.max_active
+    return floors.rollout_floor(limits, sizes, lengths, 1, new_tokens, active) / new_tokens
 
 
-def floor_seconds_a_token(model: engine.HybridEngine, case: Case, found: dict[str, Any]) -> float:
-    """No step can be faster than reading the weights once and doing their products, nor prefill than its products."""
-    size = weight_bytes(model.model)
-    parameters = size // model.model.dtype.itemsize
-    memory, products = machine.memory_rate(found), machine.product_rate(found)
-    rows = min(case.sequences, model.limits.max_active)
-    step = max(size / memory, 2 * parameters * rows / products)
-    tokens = sum(map(len, case.prompts))
-    return step / rows + 2 * parameters * tokens / products / (case.sequences * case.max_new_tokens)
-
-
-def median_seconds(run: Callable[[], object], repeats: int, rounds: int) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(rounds):
-            run()
-        times.append((time.perf_counter() - began) / rounds)
-    return statistics.median(times)
-
-
-def step_against_products(model: engine.HybridEngine, rows: int, repeats: int) -> dict[str, Any]:
-    """A decode step at a context of 128 against its matrix products alone."""
-    network, a = model.model, model.model.architecture
-    pages = (128 + PAGE - 1) // PAGE
-    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, network.kv_dtype)
-    table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)
-    steps = KernelSteps(network, cache, Sampling(64), 128)
-    batch = Rows(torch.arange(100, 100 + rows), torch.full((rows,), 127), table)
-    uniform = torch.rand(rows, dtype=torch.float64)
-    names = [n for n, spec in network.weights.specs.items() if spec.kind == "matrix"]
-    weights = [network.weights.packed(n) for n in names]
-    inputs = {w.cols: torch.randn(rows, w.cols).to(network.act_dtype) for w in weights}
-    with torch.no_grad():
-        step = median_seconds(lambda: steps.decode(batch, uniform), repeats, 10)
-        alone = median_seconds(lambda: [linear(inputs[w.cols], w) for w in weights], repeats, 10)
+def alone(case: Case, model: engine.HybridEngine, repeats: int, limits: Row) -> Row:
+    """The engine's tokens a second, and how far it is from the floor of its products and bytes."""
+    if not case.stop:
+        run(model, case)  # to warm up; a ragged run is long enough without
+    times = [run(model, case) for _ in range(repeats)]
+    rates = sorted(tokens / seconds for seconds, tokens in times)
+    rate, tokens = statistics.median(rates), statistics.median(tokens for _, tokens in times)
     return {
-        "workload": "step",
-        "sequences": rows,
-        "peer": "products alone",
-        "ratio": step / alone,
-        "step_ms": step * 1e3,
-        "products_ms": alone * 1e3,
+        "workload": case.name,
+        "sequences": case.sequences,
+        "tokens_per_s": rate,
+        "tokens_per_s_min": rates[0],
+        "tokens_per_s_max": rates[-1],
+        "floor_ratio": 1.0 / rate / floor_a_token(model, case, tokens, limits),
+        "tokens": tokens,
     }
 
 
-def shared_prompts(model: engine.HybridEngine, repeats: int) -> dict[str, Any]:
+def spread(ratios: Sequence[float]) -> Row:
+    """Median and range of the ratios of pairs that were measured one right after the other."""
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def shared_prompts(model: engine.HybridEngine, repeats: int, limits: Row) -> Row:
     """K = 8 samples of each of 8 prompts of 512 tokens: prompts shared, against every prompt eight times."""
     prompts, new, k = random_prompts(8, 512), 64, 8
-    limits, network = model.limits, model.model
     once = [p for p in prompts for _ in range(k)]
 
-    def run(given: list[list[int]], n: int) -> float:
+    def seconds(given: list[list[int]], n: int) -> float:
         began = time.perf_counter()
-        generate(network, given, Sampling(new), frozenset(), n=n, limits=limits)
+        generate(model.model, given, Sampling(new), frozenset(), n=n, limits=model.limits)
         return time.perf_counter() - began
 
-    run(prompts[:1], k)
-    pairs = [(run(prompts, k), run(once, 1)) for _ in range(repeats)]
-    ratios = sorted(apart / shared for shared, apart in pairs)
+    seconds(prompts[:1], k)
+    pairs = [(seconds(prompts, k), seconds(once, 1)) for _ in range(repeats)]
+    own, tokens = statistics.median(shared for shared, _ in pairs), len(once) * new
+    lengths, sizes = [len(p) for p in prompts], floors.Sizes.of(model.model)
+    least = floors.rollout_floor(limits, sizes, lengths, k, tokens, model.limits.max_active)
     return {
         "workload": "shared",
         "sequences": len(once),
         "peer": "prompts not shared",
-        "ratio": statistics.median(ratios),
-        "ratio_min": ratios[0],
-        "ratio_max": ratios[-1],
-        "tokens_per_s": len(once) * new / statistics.median(s for s, _ in pairs),
+        **spread([apart / shared for shared, apart in pairs]),
+        "tokens_per_s": tokens / own,
+        "peer_tokens_per_s": tokens / statistics.median(apart for _, apart in pairs),
+        "floor_ratio": own / least,
+    }
+
+
+def start_up(args: argparse.Namespace) -> Row:
+    """Seconds of a whole process that draws one token, and those from `from_pretrained` to that token."""
+    code = (
+        "import time; import engine; began = time.perf_counter();"
+        f" m = engine.HybridEngine.from_pretrained({args.model!r}, dtype={args.dtype!r});"
+        " m.generate([[5, 6, 7]], max_new_tokens=1);"
+        " print(time.perf_counter() - began)"
+    )
+    times = []
+    for _ in range(args.repeats):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        times.append((time.perf_counter() - began, float(done.stdout.split()[-1])))
+    return {
+        "workload": "start",
+        "sequences": 1,
+        "seconds_process": statistics.median(whole for whole, _ in times),
+        "seconds_from_pretrained": statistics.median(first for _, first in times),
     }

@@ -12,6 +12,7 @@ from rich.console import Console
 from test_layout import tracked
 
 import engine
+from bench.table import render
 from engine.config import STAGES
 from engine.demo import closing
 from engine.train import parse, preset_names
@@ -121,6 +122,12 @@ def excerpt() -> str:
 
 def test_what_comes_out_is_the_recorded_run():
     assert f"```\n{excerpt()}\n```" in TEXT
+
+
+def test_the_tables_of_rollouts_are_the_recorded_runs():
+    assert f"\n{render(ROOT / 'bench/results')}\n" in TEXT, (
+        "paste what `python -m bench.table` prints"
+    )
 
 
 def test_the_line_on_human_data_is_the_recorded_run():

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.generate.cache import PAGE, PageCache, page_bytes
+from engine.generate.cache import PageCache, page_bytes
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Admission, Limits, Request, Scheduler, Start
 from engine.generate.steps import Drawn, Rows, Steps, steps_for
+from engine.kernels.attention_decode import PAGE
 from engine.model.transformer import Model
 from engine.run import streams
 
