@@ -126,7 +126,8 @@ def run_tests(*arguments: str) -> subprocess.CompletedProcess[str]:
     }
     command = [sys.executable, "-m", "pytest", "-p", "checked_plugin", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, "-x", "-p", "no:xdist", *arguments],
+        # capture=sys: the sanitizers write to the process's own stderr, and end it
+        [*command, "-x", "-p", "no:xdist", "--capture=sys", *arguments],
         cwd=builder.ROOT,
         env=environment,
         capture_output=True,
