@@ -24,8 +24,11 @@ MODULE = FOLDER / "_C.so"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # -O1 compiles in a fifth of the time of -O2. Without contraction sums round alike wherever the optimiser stands.
 FLAGS = ["-O1", "-g1", "-ffp-contract=off", *(f for f in builder.FLAGS if not f.startswith("-O"))]
-# Fresh memory is NaN in float32 and bfloat16, so that a padding that is not written shows in the results.
-ASAN_OPTIONS = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
+# Fresh memory is NaN in float32 and bfloat16, so that a padding that is not written shows in the results. Freed memory
+# is kept for a short while only: an operand that is read too late was freed just before, and new pages cost time.
+ASAN_OPTIONS = (
+    "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255:quarantine_size_mb=8:malloc_context_size=5"
+)
 
 
 def preloads() -> list[str]:
