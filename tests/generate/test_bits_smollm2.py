@@ -36,7 +36,7 @@ def prompts(smollm2):
 def test_every_way_to_compute_a_row_gives_the_same_bits(smollm2, prompts, dtype):
     """And again after an optimizer step, when every weight is another one."""
     model = load_policy(smollm2, dtype, trainable=True)
-    request = Request([prompts[0], prompts[2], prompts[3]], 2, 4, frozenset())
+    request = Request([prompts[1], prompts[3]], 2, 4, frozenset())
     before = request.sample(model)
     assert not ways_that_differ(model, before)
     rows = trained(model, before)
