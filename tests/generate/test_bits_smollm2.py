@@ -82,11 +82,6 @@ def test_float32_logits_are_those_of_transformers(float32_logits):
     assert (ours - theirs).pow(2).mean().sqrt() <= 1e-4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="one accumulator over the whole depth: 4e-4 at a first position, whose activations are in the thousands",
-)
 @pytest.mark.skipif(not kernels_usable(), reason="of the C++ kernels' sums")
 def test_every_float32_logit_is_that_of_transformers(float32_logits):
     theirs, ours = float32_logits
