@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any, TextIO
 
 Generate = Callable[[list[list[int]], int, list[int]], int]  # -> new tokens, padding not counted
@@ -110,7 +110,8 @@ def main() -> None:
     os.dup2(2, 1)
     began = time.perf_counter()
     generate = {"hf": hugging_face, "vllm": vllm}[args.peer](args)
-    versions = {name: version(name) for name in PACKAGES[args.peer]}
+    # Not of the installed distribution: vLLM's has another name where it is built for CPUs.
+    versions = {name: str(import_module(name).__version__) for name in PACKAGES[args.peer]}
     answers.write(json.dumps({"ready": time.perf_counter() - began, "versions": versions}) + "\n")
     answers.flush()
     serve(generate, sys.stdin, answers)
