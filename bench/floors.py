@@ -35,7 +35,8 @@ class Sizes:
     vocabulary: int
     gated: bool
     weight_bytes: int  # of one element
-    activation_bytes: int  # of one element, keys and values too
+    activation_bytes: int  # of one element
+    kv_bytes: int  # of one element of keys and values
 
     @classmethod
     def of(cls, model: Model) -> Sizes:
@@ -51,6 +52,7 @@ class Sizes:
             a.gated,
             model.dtype.itemsize,
             model.act_dtype.itemsize,
+            model.kv_dtype.itemsize,
         )
 
     @property
@@ -66,9 +68,7 @@ class Sizes:
 
     def cache_bytes(self, rows: int, context: float) -> float:
         """Keys and values of R sequences of C tokens."""
-        return (
-            2 * self.layers * rows * context * self.kv_heads * self.head_dim * self.activation_bytes
-        )
+        return 2 * self.layers * rows * context * self.kv_heads * self.head_dim * self.kv_bytes
 
     def attention_flop(self, rows: int, context: float) -> float:
         return 4 * self.layers * rows * context * self.heads * self.head_dim

@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> Model:
 @pytest.mark.parametrize("name", ["engine", "layer by layer"])
 def test_transformer_step(benchmark, model, name, rows):
     a, pages = model.architecture, CONTEXT // PAGE
-    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, model.act_dtype)
+    cache = PageCache(a.num_layers, rows * pages, a.num_kv_heads, a.head_dim, model.kv_dtype)
     for pages_of_layer in (*cache.keys, *cache.values):
         pages_of_layer.normal_()
     table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)

@@ -3,6 +3,7 @@
 
 #ifdef ENGINE_CLASS
 #include "attention_chunk.h"
+#include "attention_pages.h"
 
 namespace engine::ENGINE_CLASS {
 namespace {
@@ -40,20 +41,37 @@ ENGINE_INLINE void over_block(const Chunk& chunk, int64_t num_rows, int64_t firs
   }
 }
 
-template <typename T>
+// The keys [size][kKeyBlock] and values [kKeyBlock][wide] of the block that starts at `first`, from rows or from pages.
+template <typename S>
+ENGINE_INLINE void read_block(const Attention& job, const Heads& heads, const Keys& keys, int64_t key_head,
+                              int64_t first, int64_t count, float* key_block, float* value_block) {
+  const int64_t size = heads.size;
+  if (!keys.pages) {
+    int64_t offset[kKeyBlock];
+    key_offsets(keys, heads, key_head, first, count, offset);
+    pack_columns(Stored<S>{static_cast<const S*>(job.k), offset, count, size}, key_block);
+    pack_rows(Stored<S>{static_cast<const S*>(job.v), offset, count, size}, value_block);
+    return;
+  }
+  const int64_t region = page_head_bytes(size, keys.bf16);
+  for (int64_t i = 0; i < count; i += kPage) {
+    const int64_t at = (keys.pages[(first + i) / kPage] * heads.key_heads + key_head) * region, left = count - i;
+    unpack_keys<S>(static_cast<const char*>(job.k) + at, size, key_block + i);
+    unpack_values<S>(static_cast<const char*>(job.v) + at, size, left, value_block + i * padded(size));
+  }
+}
+
+template <typename T, typename S>
 ENGINE_INLINE void run_chunk(const Attention& job, const Heads& heads, const Keys& keys, const Rows& rows,
                              int64_t key_head, float* scratch) {
   const int64_t size = heads.size, wide = padded(size);
   float *key_block = scratch, *value_block = key_block + kKeyBlock * wide, *score = value_block + kKeyBlock * wide;
   const int64_t num_rows = rows.tokens * heads.group(), last = rows.visible + rows.tokens - 1;
   const Chunk chunk(num_rows, heads.chunk_rows(), size, score + kMaxTile * kKeyBlock);
-  int64_t offset[kKeyBlock];
   start_chunk<T>(job, heads, rows, key_head, chunk);
   for (int64_t first = 0; first < last; first += kKeyBlock) {
     const int64_t count = last - first < kKeyBlock ? last - first : kKeyBlock;
-    key_offsets(keys, heads, key_head, first, count, offset);
-    pack_columns(Stored<T>{static_cast<const T*>(job.k), offset, count, size}, key_block);
-    pack_rows(Stored<T>{static_cast<const T*>(job.v), offset, count, size}, value_block);
+    read_block<S>(job, heads, keys, key_head, first, count, key_block, value_block);
     over_block(chunk, num_rows, first, key_block, value_block, score);
   }
   finish_chunk<T>(job, heads, rows, key_head, chunk);
@@ -63,7 +81,11 @@ ENGINE_INLINE void run_chunk(const Attention& job, const Heads& heads, const Key
 
 void attention_rows(const Attention& job, const Heads& heads, const Keys& keys, const Rows& rows, int64_t key_head,
                     float* scratch) {
-  with_type(heads.bf16, [&]<typename T>(T*) { run_chunk<T>(job, heads, keys, rows, key_head, scratch); });
+  with_type(heads.bf16, [&]<typename T>(T*) {
+    with_type(keys.bf16, [&]<typename S>(S*) {
+      if constexpr (sizeof(S) <= sizeof(T)) run_chunk<T, S>(job, heads, keys, rows, key_head, scratch);
+    });
+  });
 }
 
 }  // namespace engine::ENGINE_CLASS
@@ -83,9 +105,9 @@ struct Task {
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& cu, const std::optional<at::Tensor>& prefix) {
-  const Heads heads = check_heads(q, k, v, 3);
+  const Heads heads = check_heads(q, k, v);
   TORCH_CHECK_VALUE(q.size(0) == k.size(0), "k: got ", k.size(0), " rows, want ", q.size(0));
-  const Segments segments = check_segments(cu, prefix, q.size(0));
+  const Segments segments = check_segments(cu, prefix, q.size(0), heads.bf16);
   at::Tensor out = at::empty_like(q);
   at::Tensor lse = at::empty({q.size(0), heads.query_heads}, q.options().dtype(at::kFloat));
   const Attention job{q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), out.data_ptr(),

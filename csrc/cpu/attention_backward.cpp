@@ -206,7 +206,7 @@ std::vector<std::vector<int64_t>> groups_of(const Segments& segments) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
     const at::Tensor& lse, const at::Tensor& cu, const std::optional<at::Tensor>& prefix) {
-  const Heads heads = check_heads(q, k, v, 3);
+  const Heads heads = check_heads(q, k, v);
   TORCH_CHECK_VALUE(q.size(0) == k.size(0), "k: got ", k.size(0), " rows, want ", q.size(0));
   check_activation_like(grad, q, "grad");
   check_activation_like(out, q, "out");
@@ -214,7 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   check_dtype(lse, at::kFloat, "lse");
   TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == q.size(0) && lse.size(1) == heads.query_heads, "lse: got shape ",
                     lse.sizes(), ", want (", q.size(0), ", ", heads.query_heads, ")");
-  const Segments segments = check_segments(cu, prefix, q.size(0));
+  const Segments segments = check_segments(cu, prefix, q.size(0), heads.bf16);
   at::Tensor grad_q = at::empty_like(q);
   at::Tensor grad_k = at::zeros_like(k, k.options().dtype(at::kFloat)), grad_v = at::zeros_like(grad_k);
   const AttentionGradient job{grad.const_data_ptr(),    q.const_data_ptr(),        k.const_data_ptr(),

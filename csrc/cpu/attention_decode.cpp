@@ -1,162 +1,164 @@
 // Attention of one new row a sequence over pages: every sum of attention.cpp, in its order. With one row a sequence
-// reading the keys is the work: all heads go over a block together, which is fetched while they go over the one before,
-// and nothing is copied but the keys' transposition.
+// reading the keys is the work: all heads go over a block together, and while one region of memory is read the next is
+// fetched, line for line (a head's keys and values of a page are regions of one size).
 #include "attention_rows.h"
 
 #ifdef ENGINE_CLASS
 #include "attention_chunk.h"
+#include "attention_pages.h"
 
 namespace engine::ENGINE_CLASS {
 namespace {
 
-constexpr int kRowsAtOnce = 4;                      // query heads of one key head
-constexpr int kVectors = kLanes == 16 ? 4 : 2;      // beside them in registers
-constexpr int64_t kMostOffsets = kKeyBlock;
+constexpr int kRowsAtOnce = 4;  // query heads of one key head
+constexpr int64_t kLine = 64;
 
-// Keys as 32-bit words, one channel or two of bf16, transposed: to[word * kKeyBlock + i] of row i.
-template <typename T>
-ENGINE_INLINE void pack_words(const Stored<T>& rows, float* to) {
-  const int64_t words = rows.size * static_cast<int64_t>(sizeof(T)) / 4;
-  for (int64_t first = 0; first < padded(rows.count); first += kLanes)
-    for (int64_t w = 0; w < words; w += kLanes) {
-      vfloat row[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        row[i] = vfloat{};
-        if (first + i < rows.count)
-          std::memcpy(&row[i], reinterpret_cast<const char*>(rows.base + rows.offset[first + i]) + 4 * w, sizeof(vfloat));
-      }
-      transpose(row);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(to + (w + i) * kKeyBlock + first, row[i]);
-    }
-}
+constexpr int kPageVectors = static_cast<int>(kPage / kLanes);
 
-// Scores of R rows with V vectors of keys: a chain over the channels in order, as tile_product's.
-template <typename T, int R, int V>
-static void score_keys(const float* query, const float* keys, int64_t size, float* score) {
+// Vectors beside R rows in registers, with enough sums in flight: whole pages.
+constexpr int vectors_beside(int R) { return kLanes != 8 ? 4 : R == 1 ? 8 : R < 4 ? 4 : 2; }
+
+// One head's keys and values of a block, by page, and the keys that will be read next.
+struct BlockOfHead {
+  const char *keys[kBlockPages], *values[kBlockPages], *next[kBlockPages];
+  int64_t count;  // keys
+};
+
+// Scores of R rows with V vectors of keys from page `first` on: a chain over the channels in order, as tile_product's.
+template <typename S, int R, int V>
+static void score_keys(const float* query, const BlockOfHead& block, int64_t first, int64_t size, float* score) {
+  constexpr int w = kOfWord<S>, kPages = V / kPageVectors;
+  const char *page[kPages], *ahead[kPages];
+#pragma GCC unroll 4
+  for (int g = 0; g < kPages; ++g) page[g] = block.keys[first + g], ahead[g] = block.values[first + g];
   vfloat sum[R][V] = {};
-  for (int64_t d = 0; d < size; d += 4 / sizeof(T), keys += kKeyBlock) {
-    vfloat low[V], high[V];
+  for (int64_t word = 0, at = 0; word < size / w; ++word, at += 4 * kPage) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      low[v] = high[v] = load(keys + v * kLanes);
-      if constexpr (sizeof(T) == 2) {
-        const vuint words = (vuint)low[v], up = words << 16, down = words & 0xffff0000u;
-        low[v] = (vfloat)up, high[v] = (vfloat)down;
-      }
-    }
+    for (int g = 0; g < kPages; ++g) __builtin_prefetch(ahead[g] + at);
+#pragma GCC unroll 2
+    for (int part = 0; part < w; ++part, query += kTile) {
+      vfloat x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vfloat x = splat(query[d * kTile + r]);
+      for (int r = 0; r < R; ++r) x[r] = splat(query[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const vfloat key = part_of<S>(page[v / kPageVectors] + at + v % kPageVectors * 4 * kLanes, part);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += x * low[v];
-    }
-    if constexpr (sizeof(T) == 2) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const vfloat x = splat(query[(d + 1) * kTile + r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += x * high[v];
+        for (int r = 0; r < R; ++r) sum[r][v] += x[r] * key;
       }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(score + r * kKeyBlock + v * kLanes, sum[r][v]);
 }
 
-// sum (R, V vectors) += weights (R, count) values (count, V vectors), a chain over the keys in order.
-template <typename T, int R, int V>
-static void add_values(const float* weight, const Stored<T>& values, int64_t channel, float* sum, int64_t wide) {
+// sum[r] += weight[r] * (V vectors of one value), w values a word.
+template <typename S, int R, int V, int kParts>
+ENGINE_INLINE void add_word(const float* weight, const char* words, vfloat (&sum)[R][V]) {
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
+    vfloat p[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) p[r] = splat(weight[r * kKeyBlock + part]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const vfloat value = part_of<S>(words + 4 * kLanes * v, part);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r][v] += p[r] * value;
+    }
+  }
+}
+
+// sum (R, V vectors from `channel` on) += weights (R, count) values: a chain over the keys in order.
+template <typename S, int R, int V>
+static void add_values(const float* weight, const BlockOfHead& block, int64_t channel, int64_t size, float* sum,
+                       int64_t wide) {
+  constexpr int w = kOfWord<S>;
   vfloat acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = load(sum + r * wide + v * kLanes);
-  for (int64_t i = 0; i < values.count; ++i) {
-    const T* row = values.base + values.offset[i] + channel;
-    vfloat x[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = load(row + v * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vfloat p = splat(weight[r * kKeyBlock + i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += p * x[v];
+  for (int64_t first = 0, left = block.count; left > 0; first += kPage, left -= kPage, weight += kPage) {
+    const char *page = block.values[first / kPage], *ahead = block.next[first / kPage];
+    const int64_t count = left < kPage ? left : kPage;
+    int64_t i = 0, at = 4 * channel;
+    for (; i + w <= count; i += w, at += 4 * size) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < 4 * kLanes * V; line += kLine) __builtin_prefetch(ahead + at + line);
+      add_word<S, R, V, w>(weight + i, page + at, acc);
     }
+    if (i < count) add_word<S, R, V, 1>(weight + i, page + at, acc);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(sum + r * wide + v * kLanes, acc[r][v]);
 }
 
 // R rows of a chunk, from `r` on, over one block of keys.
-template <typename T, int R>
-static void rows_over_block(const Chunk& chunk, int64_t r, int64_t seen, const float* keys, const Stored<T>& values,
-                            float* score) {
-  const int64_t count = padded(values.count);
+template <typename S, int R>
+static void rows_over_block(const Chunk& chunk, int64_t r, int64_t seen, const BlockOfHead& block, float* score) {
+  constexpr int V = vectors_beside(R);
+  const int64_t count = padded(block.count);
   const float* query = chunk.query + r / kTile * chunk.size * kTile + r % kTile;
   int64_t n = 0;
-  for (; n + kVectors * kLanes <= count; n += kVectors * kLanes)
-    score_keys<T, R, kVectors>(query, keys + n, chunk.size, score + n);
-  for (; n < count; n += kLanes) score_keys<T, R, 1>(query, keys + n, chunk.size, score + n);
+  for (; n + V * kLanes <= count; n += V * kLanes)
+    score_keys<S, R, V>(query, block, n / kPage, chunk.size, score + n);
+  for (; n < count; n += kPage) score_keys<S, R, kPageVectors>(query, block, n / kPage, chunk.size, score + n);
   for (int i = 0; i < R; ++i) soften_row(score + i * kKeyBlock, count, seen, chunk, r + i);
   float* sum = chunk.sum + r * chunk.wide;
   int64_t d = 0;
-  for (; d + kVectors * kLanes <= chunk.size; d += kVectors * kLanes)
-    add_values<T, R, kVectors>(score, values, d, sum + d, chunk.wide);
-  for (; d < chunk.size; d += kLanes) add_values<T, R, 1>(score, values, d, sum + d, chunk.wide);
+  for (; d + V * kLanes <= chunk.size; d += V * kLanes)
+    add_values<S, R, V>(score, block, d, chunk.size, sum + d, chunk.wide);
+  for (; d < chunk.size; d += kLanes) add_values<S, R, 1>(score, block, d, chunk.size, sum + d, chunk.wide);
 }
 
-template <typename T>
-ENGINE_INLINE void head_over_block(const Chunk& chunk, int64_t group, int64_t seen, const float* keys,
-                                   const Stored<T>& values, float* score) {
+template <typename S>
+ENGINE_INLINE void head_over_block(const Chunk& chunk, int64_t group, int64_t seen, const BlockOfHead& block,
+                                   float* score) {
   for (int64_t r = 0; r < group; r += kRowsAtOnce) {
     switch (group - r) {
-      case 1: rows_over_block<T, 1>(chunk, r, seen, keys, values, score); break;
-      case 2: rows_over_block<T, 2>(chunk, r, seen, keys, values, score); break;
-      case 3: rows_over_block<T, 3>(chunk, r, seen, keys, values, score); break;
-      default: rows_over_block<T, 4>(chunk, r, seen, keys, values, score);
+      case 1: rows_over_block<S, 1>(chunk, r, seen, block, score); break;
+      case 2: rows_over_block<S, 2>(chunk, r, seen, block, score); break;
+      case 3: rows_over_block<S, 3>(chunk, r, seen, block, score); break;
+      default: rows_over_block<S, 4>(chunk, r, seen, block, score);
     }
   }
 }
 
-// The lines of some heads' keys or values of a block: they come from memory.
-template <typename T>
-ENGINE_INLINE void fetch_rows(const Stored<T>& rows) {
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const char* row = reinterpret_cast<const char*>(rows.base + rows.offset[i]);
-    for (int64_t at = 0; at < rows.size * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
-}
-
-template <typename T>
+template <typename T, typename S>
 ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const Keys& keys, int64_t token, int64_t visible,
                            int64_t head0, int64_t head1, float* scratch) {
   const int64_t size = heads.size, group = heads.group(), most_rows = (group + kMaxTile - 1) / kMaxTile * kMaxTile;
-  float *words = scratch, *score = words + kKeyBlock * padded(size), *states = score + kMaxTile * kKeyBlock;
+  const int64_t region = page_head_bytes(size, keys.bf16), pages = (visible + kPage - 1) / kPage;
+  float *score = scratch, *states = score + kMaxTile * kKeyBlock;
   const int64_t state = most_rows * (2 * padded(size) + 16 + 2);
   const auto chunk_of = [&](int64_t h) { return Chunk(group, most_rows, size, states + (h - head0) * state); };
-  const T *k = static_cast<const T*>(job.k), *v = static_cast<const T*>(job.v);
+  const auto place = [&](const void* base, int64_t page, int64_t h) {  // the last page again where there is no next
+    const int64_t number = keys.pages[page < pages ? page : pages - 1];
+    return static_cast<const char*>(base) + (number * heads.key_heads + h) * region;
+  };
+  for (int64_t i = 0; i < kBlockPages && i < pages; ++i)
+    for (int64_t at = 0; at < region; at += kLine) __builtin_prefetch(place(job.k, i, head0) + at);
   const T* query = static_cast<const T*>(job.q) + token * heads.query_heads * size;
-  int64_t offset[2][kMostOffsets];
-  key_offsets(keys, heads, 0, 0, visible < kKeyBlock ? visible : kKeyBlock, offset[0]);
   for (int64_t h = head0; h < head1; ++h) {
     const Chunk chunk = chunk_of(h);
     for (int64_t r = 0; r < group; ++r) start_row(chunk, r, query + (h * group + r) * size);
   }
-  for (int64_t first = 0, side = 0; first < visible; first += kKeyBlock, side = 1 - side) {
-    const int64_t seen = visible - first, count = seen < kKeyBlock ? seen : kKeyBlock;
-    const int64_t left = seen - count, next = left < kKeyBlock ? left : kKeyBlock;
-    if (next > 0) key_offsets(keys, heads, 0, first + kKeyBlock, next, offset[1 - side]);
+  for (int64_t first = 0; first < visible; first += kKeyBlock) {
+    const int64_t seen = visible - first, page = first / kPage;
     for (int64_t h = head0; h < head1; ++h) {
-      fetch_rows(Stored<T>{k + h * size, offset[1 - side], next, size});
-      fetch_rows(Stored<T>{v + h * size, offset[1 - side], next, size});
-      pack_words(Stored<T>{k + h * size, offset[side], count, size}, words);
-      head_over_block(chunk_of(h), group, seen, words, Stored<T>{v + h * size, offset[side], count, size}, score);
+      BlockOfHead block;
+      block.count = seen < kKeyBlock ? seen : kKeyBlock;
+      const int64_t next_head = h + 1 < head1 ? h + 1 : head0, next_page = h + 1 < head1 ? page : page + kBlockPages;
+      for (int64_t i = 0; i < kBlockPages; ++i) {
+        block.keys[i] = place(job.k, page + i, h), block.values[i] = place(job.v, page + i, h);
+        block.next[i] = place(job.k, next_page + i, next_head);
+      }
+      head_over_block<S>(chunk_of(h), group, seen, block, score);
     }
   }
   for (int64_t h = head0; h < head1; ++h) finish_chunk<T>(job, heads, {token, 1, visible}, h, chunk_of(h));
@@ -166,12 +168,28 @@ ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const Keys&
 
 void attention_decode_row(const Attention& job, const Heads& heads, const Keys& keys, int64_t token, int64_t visible,
                           int64_t head0, int64_t head1, float* scratch) {
-  const int64_t words = heads.size * (heads.bf16 ? 2 : 4) / 4;
-  if (words * 4 != heads.size * (heads.bf16 ? 2 : 4) || words % kLanes != 0) {  // heads that do not fill vectors
+  if (heads.size % kLanes != 0) {  // channels that do not fill vectors
     for (int64_t h = head0; h < head1; ++h) attention_rows(job, heads, keys, {token, 1, visible}, h, scratch);
     return;
   }
-  with_type(heads.bf16, [&]<typename T>(T*) { run_row<T>(job, heads, keys, token, visible, head0, head1, scratch); });
+  with_type(heads.bf16, [&]<typename T>(T*) {
+    with_type(keys.bf16, [&]<typename S>(S*) {
+      if constexpr (sizeof(S) <= sizeof(T)) run_row<T, S>(job, heads, keys, token, visible, head0, head1, scratch);
+    });
+  });
+}
+
+void attention_page_write(const void* k, const void* v, const Heads& heads, bool pages_bf16, int64_t slot,
+                          void* k_page, void* v_page) {
+  with_type(heads.bf16, [&]<typename T>(T*) {
+    with_type(pages_bf16, [&]<typename S>(S*) {
+      for (int64_t h = 0; h < heads.key_heads; ++h) {
+        const int64_t from = h * heads.size, to = from * kPage;
+        write_head(static_cast<const T*>(k) + from, static_cast<const T*>(v) + from, heads.size, slot,
+                   static_cast<S*>(k_page) + to, static_cast<S*>(v_page) + to);
+      }
+    });
+  });
 }
 
 }  // namespace engine::ENGINE_CLASS
@@ -185,7 +203,7 @@ namespace engine {
 namespace {
 
 // page_table (R, max pages), lengths (R,): every page that a length reaches exists.
-void check_pages(const at::Tensor& page_table, const at::Tensor& lengths, int64_t rows, int64_t pages, int64_t page) {
+void check_pages(const at::Tensor& page_table, const at::Tensor& lengths, int64_t rows, int64_t pages) {
   check_cpu_contiguous(page_table, "page_table");
   check_dtype(page_table, at::kInt, "page_table");
   check_cpu_contiguous(lengths, "lengths");
@@ -197,10 +215,10 @@ void check_pages(const at::Tensor& page_table, const at::Tensor& lengths, int64_
   const int64_t most = page_table.size(1);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t length = lengths.const_data_ptr<int32_t>()[r];
-    TORCH_CHECK_VALUE(length >= 1 && length <= most * page, "lengths[", r, "]: got ", length, ", want 1 ... ",
-                      most * page, " (pages x page)");
+    TORCH_CHECK_VALUE(length >= 1 && length <= most * kPage, "lengths[", r, "]: got ", length, ", want 1 ... ",
+                      most * kPage, " (pages x page)");
     const int32_t* table = page_table.const_data_ptr<int32_t>() + r * most;
-    for (int64_t i = 0; i * page < length; ++i)
+    for (int64_t i = 0; i * kPage < length; ++i)
       TORCH_CHECK_VALUE(table[i] >= 0 && table[i] < pages, "page_table[", r, "][", i, "]: got ", table[i],
                         ", want 0 ... ", pages - 1);
   }
@@ -208,21 +226,27 @@ void check_pages(const at::Tensor& page_table, const at::Tensor& lengths, int64_
 
 at::Tensor attention_decode(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
                             const at::Tensor& page_table, const at::Tensor& lengths) {
-  const Heads heads = check_heads(q, k_pages, v_pages, 4);
-  const int64_t rows = q.size(0), page = k_pages.size(1);
-  TORCH_CHECK_VALUE(page > 0, "k_pages: got pages of 0 keys, want 1 or more");
-  check_pages(page_table, lengths, rows, k_pages.size(0), page);
+  check_cpu_contiguous(q, "q");
+  check_activation(q, "q");
+  TORCH_CHECK_VALUE(q.dim() == 3 && k_pages.dim() == 5, "q, k_pages: got shapes ", q.sizes(), ", ", k_pages.sizes(),
+                    ", want (R, Hq, D), (P, Hk, D / w, 16, w)");
+  const Heads heads{is_bf16(q), q.size(1), k_pages.size(1), q.size(2)};
+  TORCH_CHECK_VALUE(heads.size > 0 && heads.key_heads > 0 && heads.query_heads % heads.key_heads == 0, "q: got shape ",
+                    q.sizes(), ", want a multiple of the ", heads.key_heads, " key heads");
+  check_pages_of_heads(k_pages, v_pages, heads);
+  const int64_t rows = q.size(0);
+  check_pages(page_table, lengths, rows, k_pages.size(0));
   at::Tensor out = at::empty_like(q);
   const Attention job{q.const_data_ptr(), k_pages.const_data_ptr(), v_pages.const_data_ptr(), out.data_ptr(), nullptr};
   const int32_t *table = page_table.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
   std::vector<int64_t> work;
   const int64_t parts = rows >= 2 * at::get_num_threads() ? 1 : heads.key_heads, each = heads.key_heads / parts;
   for (int64_t i = 0; i < rows * parts; ++i)
-    work.push_back(length[i / parts] * each * heads.size * (heads.group() * 2 + 16));
+    work.push_back(length[i / parts] * each * heads.size * (heads.group() * 2 + 4));
   const auto run = pick_attention_decode_row();
   share_out(work, attention_decode_scratch(heads), [&](int64_t i, float* scratch) {
     const int64_t r = i / parts, head = i % parts * each;
-    const Keys keys{0, 0, 0, table + r * page_table.size(1), page};
+    const Keys keys{is_bf16(k_pages), 0, 0, 0, table + r * page_table.size(1)};
     run(job, heads, keys, r, length[r], head, head + each, scratch);
   });
   return out;

@@ -5,6 +5,10 @@
 // of 64 at fixed places of that count (position / 64), each with one running maximum and one rescaling; sums run over
 // the channels of a head, the keys of a block and the blocks in order. What a row does not see counts as exactly
 // nothing. A row's result is therefore a function of its own query and keys, however they are packed or paged.
+//
+// Pages hold keys and values as the loops read them, in words of 32 bits: w = 1 float or w = 2 bf16.
+//   keys    [page][key head][D / w][16][w]    a word: w channels of one key
+//   values  [page][key head][16 / w][D][w]    a word: one channel of w keys
 #pragma once
 
 #include <cstdint>
@@ -19,6 +23,8 @@ namespace engine {
 constexpr int64_t kKeyBlock = 64;    // keys with one running maximum: 16 KiB of keys at 64 channels, in cache level 1
 constexpr int64_t kChunkRows = 256;  // rows that go over a block of keys together
 constexpr int64_t kMaxTile = 8;      // the most rows a tile of any class has
+constexpr int64_t kPage = 16;        // keys of a page: a vector of the widest class
+constexpr int64_t kBlockPages = kKeyBlock / kPage;
 
 ENGINE_EVERYWHERE int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
@@ -38,16 +44,12 @@ struct Run {
   int64_t row, length;
 };
 
-// Where the keys lie: in a prefix and then in the own segment, or in pages.
+// Where the keys lie: in a prefix and then in the own segment, rows of (rows, key heads, size); or in pages.
 struct Keys {
+  bool bf16;
   int64_t prefix_begin, prefix_length, own_begin;
   const int32_t* pages;  // page numbers of this row, or null
-  int64_t page;
   ENGINE_EVERYWHERE Run run(int64_t position) const {
-    if (pages) {
-      const int64_t within = position % page;
-      return {pages[position / page] * page + within, page - within};
-    }
     if (position < prefix_length) return {prefix_begin + position, prefix_length - position};
     return {own_begin + position - prefix_length, INT64_MAX / 2};  // as far as the row sees
   }
@@ -73,10 +75,13 @@ ENGINE_EVERYWHERE int64_t attention_scratch(const Heads& heads) {
 // Floats of scratch memory for attention_decode_row.
 ENGINE_EVERYWHERE int64_t attention_decode_scratch(const Heads& heads) {
   const int64_t wide = padded(heads.size), rows = (heads.group() + kMaxTile - 1) / kMaxTile * kMaxTile;
-  const int64_t own = kKeyBlock * wide + kMaxTile * kKeyBlock + heads.key_heads * rows * (2 * wide + 16 + 2);
+  const int64_t own = kMaxTile * kKeyBlock + heads.key_heads * rows * (2 * wide + 16 + 2);
   const int64_t general = attention_scratch(heads);
   return own > general ? own : general;
 }
+
+// Bytes of one key head's keys (or values) in a page.
+ENGINE_EVERYWHERE int64_t page_head_bytes(int64_t size, bool bf16) { return kPage * size * (bf16 ? 2 : 4); }
 
 }  // namespace engine
 
@@ -84,7 +89,11 @@ ENGINE_EVERYWHERE int64_t attention_decode_scratch(const Heads& heads) {
 ENGINE_KERNEL(void, attention_rows,
               (const engine::Attention& job, const engine::Heads& heads, const engine::Keys& keys,
                const engine::Rows& rows, int64_t key_head, float* scratch))
-// The row of one token with `visible` keys, its key heads [head0, head1): the same bits as attention_rows.
+// The row of one token with `visible` keys in pages, its key heads [head0, head1): the same bits as attention_rows.
 ENGINE_KERNEL(void, attention_decode_row,
               (const engine::Attention& job, const engine::Heads& heads, const engine::Keys& keys, int64_t token,
                int64_t visible, int64_t head0, int64_t head1, float* scratch))
+// One row's keys and values (key heads, size), of the activations' dtype, to place `slot` of their page.
+ENGINE_KERNEL(void, attention_page_write,
+              (const void* k, const void* v, const engine::Heads& heads, bool pages_bf16, int64_t slot, void* k_page,
+               void* v_page))

@@ -6,7 +6,7 @@
 #include "activation.h"
 #include "gemm_fma.h"
 #include "gemm_pack.h"
-#if defined(__AMX_BF16__)
+#if defined(ENGINE_TILES)
 #include "gemm_amx.h"
 #endif
 
@@ -21,7 +21,7 @@ void product(const Left& left, const Right& right, int64_t depth, const Part& pa
     fma_product<FloatPanel>(left, right, depth, part, out);
   else if (right.arithmetic == Arithmetic::pairs)
     fma_product<PairPanel>(left, right, depth, part, out);
-#if defined(__AMX_BF16__)
+#if defined(ENGINE_TILES)
   else
     tile_product(left, right, depth, part, out);
 #endif

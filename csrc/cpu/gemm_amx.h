@@ -1,8 +1,6 @@
 // The micro-kernel on AMX tiles: 16 or 32 rows times 32 columns of bf16 products in float sums. Class `amx` only.
 #pragma once
 
-#include <immintrin.h>
-
 #include "gemm.h"
 #include "gemm_fma.h"
 

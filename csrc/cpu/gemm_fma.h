@@ -20,13 +20,12 @@ constexpr int kFmaRows = 6;
 #else
 constexpr int kFmaRows = 4;
 #endif
-constexpr int64_t kGroupBytes = ENGINE_LANES == 16 ? 512 * 1024 : 256 * 1024;  // of panels held in L2
 
 // One rounding on every class that has the instruction, whatever the compiler would contract.
 ENGINE_INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
-#if ENGINE_LANES == 16
+#if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
-#elif ENGINE_LANES == 8
+#elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
@@ -106,7 +105,7 @@ ENGINE_INLINE void store_one(const Out& out, int64_t at, float value) {
 }
 
 ENGINE_INLINE void store_bf16(uint16_t* p, vfloat v) {
-#if defined(__AVX512BF16__)
+#if defined(ENGINE_TILES)
   const __m256bh half = _mm512_cvtneps_pbh(v);  // as store(), except that denormals become zero, as in the tiles
   std::memcpy(p, &half, sizeof(half));
 #else
@@ -183,39 +182,33 @@ static void fma_pass(FmaKernel kernel, FmaArguments& f, const Right& right, cons
   if (!direct) store_sums(sums, width, out, pass);
 }
 
+// Panel by panel, all rows over one while it is in the first cache; the next one is fetched meanwhile, a share with each
+// pass of rows.
 template <class B>
 static void fma_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
-  const int64_t rows = part.row1 - part.row0;
-  const bool few = rows <= 4 * kFmaRows;
-  const int64_t fit = few ? 1 : kGroupBytes / (depth * B::kDepthBytes + 1);
-  const int64_t group = (fit < 1 ? 1 : fit) * kPanel;
-  const int64_t passes = (rows + kFmaRows - 1) / kFmaRows;
+  const int64_t rows = part.row1 - part.row0, passes = (rows + kFmaRows - 1) / kFmaRows;
   FmaArguments f{};
   f.row = left.row, f.step = left.depth, f.depth = depth, f.panel_bytes = right.panel_bytes;
   int wide = 1;
   const FmaKernel wide_kernel = rows <= 3 ? fma_wide_kernel<B>(rows, wide) : nullptr;
-  for (int64_t first = part.col0; first < part.col1;) {
-    if (wide_kernel && part.col1 - first >= wide * kPanel) {
+  for (int64_t col = part.col0; col < part.col1;) {
+    const char* next = static_cast<const char*>(right.data) + (col / kPanel + 1) * right.panel_bytes;
+    if (wide_kernel && part.col1 - col >= wide * kPanel) {
       f.a = static_cast<const float*>(left.data) + part.row0 * left.block;
-      f.ahead = static_cast<const char*>(right.data) + (first / kPanel + wide) * right.panel_bytes;
+      f.ahead = next + (wide - 1) * right.panel_bytes;
       f.ahead_step = B::kDepthBytes;
-      fma_pass<B>(wide_kernel, f, right, out, {part.row0, part.row1, first, first + wide * kPanel}, wide);
-      first += wide * kPanel;
+      fma_pass<B>(wide_kernel, f, right, out, {part.row0, part.row1, col, col + wide * kPanel}, wide);
+      col += wide * kPanel;
       continue;
     }
-    const int64_t last = smaller(first + group, part.col1);
+    f.ahead_step = B::kDepthBytes / passes;
     for (int64_t row = part.row0, pass = 0, n; row < part.row1; row += n, ++pass) {
       n = rows_of_pass(left, part.row1 - row);
       f.a = static_cast<const float*>(left.data) + row * left.block;
-      const FmaKernel kernel = fma_kernel<B>(n);
-      for (int64_t col = first; col < last; col += kPanel) {
-        const char* next = static_cast<const char*>(right.data) + (col / kPanel + 1) * right.panel_bytes;
-        f.ahead = few ? next + depth * B::kDepthBytes / passes * pass : next;
-        f.ahead_step = few ? B::kDepthBytes / passes : 0;
-        fma_pass<B>(kernel, f, right, out, {row, row + n, col, smaller(col + kPanel, last)}, 1);
-      }
+      f.ahead = next + depth * B::kDepthBytes / passes * pass;
+      fma_pass<B>(fma_kernel<B>(n), f, right, out, {row, row + n, col, smaller(col + kPanel, part.col1)}, 1);
     }
-    first = last;
+    col += kPanel;
   }
 }
 

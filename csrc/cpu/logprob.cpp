@@ -8,7 +8,7 @@
 
 namespace engine::ENGINE_CLASS {
 
-constexpr int64_t kMostRows = 36;  // whose logits of a block stay in the first cache
+constexpr int64_t kMostRows = 96;  // whose logits of a block stay in the second cache
 
 static int64_t rows_at_once(const Head& head) { return head.weight.arithmetic == Arithmetic::tiles ? 32 : kMostRows; }
 

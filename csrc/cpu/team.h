@@ -1,5 +1,7 @@
 // Threads that go through the phases of one long job together: one parallel region for all of it, tasks handed out one by
-// one, a barrier after each phase. Which thread runs a task changes nothing: tasks write to places of their own.
+// one. A phase is over when its tasks are done, not when every thread has come: a thread that another process keeps from
+// its core delays the others by the task it holds, if any, and skips what was done without it. Which thread runs a task
+// changes nothing: tasks write to places of their own.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -7,52 +9,77 @@
 #include <sched.h>
 
 #include <atomic>
+#include <cstdint>
 
 namespace engine {
 
 class Team {
  public:
-  // run(thread) on every thread of the team; inside another parallel region, on the caller alone.
+  // One thread's view: every thread calls the same phases in the same order.
+  class Member {
+   public:
+    Member(Team& team, int thread) : team_(team), thread_(thread) {}
+    int thread() const { return thread_; }
+    int64_t size() const { return team_.size_; }
+
+    // task(i) for i = 0 ... count - 1, each by a thread that is free; returns when all are done.
+    template <typename Task>
+    void each(int64_t count, Task task) {
+      if (count == 0) return;
+      const uint64_t phase = phase_++;
+      for (uint64_t i; team_.take(phase, count, i);) {
+        task(static_cast<int64_t>(i));
+        team_.finish(phase, count);
+      }
+    }
+
+   private:
+    Team& team_;
+    const int thread_;
+    uint64_t phase_ = 0;
+  };
+
+  // run(member) on every thread of the team; inside another parallel region, on the caller alone.
   template <typename Run>
   static void gather(Run run) {
     const int wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
-    Team team;
+    Team team(wanted);
 #pragma omp parallel num_threads(wanted)
     {
-#pragma omp single
-      team.size_ = omp_get_num_threads();  // the region may get fewer threads; `single` ends with a barrier
-      run(team, omp_get_thread_num());
+      Member member(team, omp_get_thread_num());
+      run(member);
     }
-  }
-
-  int64_t size() const { return size_; }
-
-  // task(i) for i = 0 ... count - 1, each by the thread that is free; returns when all are done. Every thread calls it.
-  template <typename Task>
-  void each(int64_t count, Task task) {
-    for (int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < count;
-         i = next_.fetch_add(1, std::memory_order_relaxed))
-      task(i);
-    wait();
   }
 
  private:
   static constexpr int kSpins = 2000;  // some 50 us: then other processes may have the core
+  static constexpr int kTaskBits = 32;
+  static constexpr uint64_t kTasks = (uint64_t{1} << kTaskBits) - 1;
 
-  void wait() {
-    const int64_t generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-      if (spins < kSpins)
+  explicit Team(int size) : size_(size) {}
+
+  // The phase's next task; false when the phase is over, which is waited for.
+  bool take(uint64_t phase, uint64_t count, uint64_t& task) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    for (int spins = 0; state >> kTaskBits == phase;) {
+      task = state & kTasks;
+      if (task < count) {
+        if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+        continue;
+      }
+      if (++spins < kSpins)
         relax();
       else
         sched_yield();
+      state = state_.load(std::memory_order_acquire);
     }
+    return false;
+  }
+
+  void finish(uint64_t phase, uint64_t count) {
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 < count) return;
+    done_.store(0, std::memory_order_relaxed);
+    state_.store((phase + 1) << kTaskBits, std::memory_order_release);
   }
 
   static void relax() {
@@ -61,10 +88,9 @@ class Team {
 #endif
   }
 
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> generation_{0};
-  int64_t size_ = 1;
+  alignas(64) std::atomic<uint64_t> state_{0};  // the phase, and its next task in the low bits
+  alignas(64) std::atomic<uint64_t> done_{0};   // tasks of the phase
+  alignas(64) const int64_t size_;
 };
 
 }  // namespace engine

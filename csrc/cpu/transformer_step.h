@@ -7,7 +7,7 @@
 #include <chrono>
 #include <vector>
 
-#include "check.h"
+#include "attention_host.h"
 #include "gemm_at.h"
 #include "logprob.h"
 
@@ -32,7 +32,7 @@ struct Activation {
     memory = stride > width ? at::zeros({whole, stride}, options) : at::empty({whole, stride}, options);
     data = static_cast<char*>(memory.data_ptr());
   }
-  void* at(int64_t row) const { return data + row * stride * (bf16 ? 2 : 4); }
+  char* at(int64_t row, int64_t column = 0) const { return data + (row * stride + column) * (bf16 ? 2 : 4); }
   int64_t bytes() const { return width * (bf16 ? 2 : 4); }
   Left left(int64_t rows, Arithmetic arithmetic) const {
     if (arithmetic != Arithmetic::tiles) return {data, stride, 1, stride, rows, nullptr, 0};
@@ -84,16 +84,13 @@ struct Network {
   bool rms, gated, gelu_tanh, parallel_residual;
   float eps;
   Arithmetic arithmetic;
+  bool bf16, pages_bf16;  // activations between products, and pages of keys and values
   at::Tensor tokens, angles;
   std::optional<at::Tensor> positions;
   Norm last;
   Right head;
   std::vector<Layer> layers;
-};
-
-struct Cache {
-  int64_t page;
-  bool bf16;
+  Heads heads() const { return {bf16, query_heads, key_heads, head_size}; }
 };
 
 // The new rows, packed by sequence; each sequence's keys lie in its pages, at its rows' positions.
@@ -108,9 +105,7 @@ struct Sequences {
   int64_t new_rows(int64_t s) const { return offset[s + 1] - offset[s]; }
   int64_t start(int64_t s) const { return position[offset[s]]; }
   const int32_t* pages(int64_t s) const { return table + s * most_pages; }
-  int64_t slot(int64_t row, int64_t page) const {
-    return pages(owner[row])[position[row] / page] * page + position[row] % page;
-  }
+  int64_t page_of(int64_t row) const { return pages(owner[row])[position[row] / kPage]; }
 };
 
 // Where the time of a step goes, as kernels/transformer_step.py names it.
@@ -145,7 +140,7 @@ struct Drawn {
 Network network_of(const Weights& weights, at::IntArrayRef shape, double eps, at::TensorList keys,
                    at::TensorList values);
 Sequences sequences_of(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu,
-                       const at::Tensor& page_table, const Network& network, int64_t pages, int64_t page);
+                       const at::Tensor& page_table, const Network& network, int64_t pages);
 double* phase_seconds(const std::optional<at::Tensor>& seconds);  // nullptr for none
 void check_uniform(const at::Tensor& uniform, int64_t rows, double temperature);
 

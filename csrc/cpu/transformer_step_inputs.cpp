@@ -82,18 +82,15 @@ Layer layer_of(Reader& read, const Network& n, at::ScalarType storage) {
   return layer;
 }
 
-void put_cache(Network& n, at::TensorList keys, at::TensorList values, at::ScalarType activation) {
+void put_cache(Network& n, at::TensorList keys, at::TensorList values, at::ScalarType storage) {
   const auto layers = n.layers.size();
   TORCH_CHECK_VALUE(keys.size() == layers && values.size() == layers && layers > 0, "keys, values: got ", keys.size(),
                     " and ", values.size(), ", want one a layer, ", layers);
   for (size_t i = 0; i < layers; ++i) {
-    for (const at::Tensor& t : {keys[i], values[i]}) {
-      check_cpu_contiguous(t, "cache");
-      check_dtype(t, activation, "cache");
-      TORCH_CHECK_VALUE(t.dim() == 4 && t.sizes() == keys[0].sizes() && t.size(1) > 0 && t.size(2) == n.key_heads &&
-                            t.size(3) == n.head_size,
-                        "cache: got shape ", t.sizes(), ", want (pages, page, ", n.key_heads, ", ", n.head_size, ")");
-    }
+    check_dtype(keys[i], storage, "cache");
+    check_pages_of_heads(keys[i], values[i], n.heads());
+    TORCH_CHECK_VALUE(keys[i].size(0) == keys[0].size(0), "cache: got ", keys[i].size(0), " pages, want ",
+                      keys[0].size(0), " in every layer");
     n.layers[i].keys = keys[i].data_ptr(), n.layers[i].values = values[i].data_ptr();
   }
 }
@@ -127,6 +124,7 @@ Network network_of(const Weights& weights, at::IntArrayRef shape, double eps, at
   n.tokens = table(read.needed("embed_tokens"), n.vocabulary, n.hidden, "embed_tokens");
   const at::ScalarType storage = n.tokens.scalar_type();
   n.arithmetic = weight_arithmetic(storage);
+  n.bf16 = n.arithmetic == Arithmetic::tiles, n.pages_bf16 = storage == at::kBFloat16;
   n.positions = read.tensor();
   if (n.positions) table(*n.positions, 0, n.hidden, "embed_positions");
   const std::optional<at::Tensor> angles = read.tensor();
@@ -136,16 +134,16 @@ Network network_of(const Weights& weights, at::IntArrayRef shape, double eps, at
   n.last = read.norm(n.hidden, "norm");
   n.head = right_of(read.needed("head"), storage, n.vocabulary, n.hidden);
   for (int64_t i = 0; i < layers; ++i) n.layers.push_back(layer_of(read, n, storage));
-  put_cache(n, keys, values, n.arithmetic == Arithmetic::tiles ? at::kBFloat16 : at::kFloat);
+  put_cache(n, keys, values, storage);
   return n;
 }
 
 Sequences sequences_of(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu,
-                       const at::Tensor& page_table, const Network& network, int64_t pages, int64_t page) {
+                       const at::Tensor& page_table, const Network& network, int64_t pages) {
   const int64_t rows = tokens.dim() == 1 ? tokens.size(0) : 0;
   check_ids(tokens, rows, network.vocabulary, "tokens");
   const int64_t most = page_table.dim() == 2 ? page_table.size(1) : 0;
-  int64_t positions_known = most * page;
+  int64_t positions_known = most * kPage;
   if (network.angles.defined()) positions_known = std::min(positions_known, network.angles.size(0));
   if (network.positions) positions_known = std::min(positions_known, network.positions->size(0));
   check_ids(positions, rows, positions_known, "positions");
@@ -164,7 +162,7 @@ Sequences sequences_of(const at::Tensor& tokens, const at::Tensor& positions, co
       TORCH_CHECK_VALUE(s.position[r] == s.start(i) + r - s.begin(i), "positions[", r, "]: got ", s.position[r],
                         ", want ", s.start(i) + r - s.begin(i), ", one after the other");
     }
-    for (int64_t p = 0; p * page <= s.position[s.begin(i + 1) - 1]; ++p)
+    for (int64_t p = 0; p * kPage <= s.position[s.begin(i + 1) - 1]; ++p)
       TORCH_CHECK_VALUE(s.pages(i)[p] >= 0 && s.pages(i)[p] < pages, "page_table[", i, "][", p, "]: got ",
                         s.pages(i)[p], ", want 0 ... ", pages - 1);
   }

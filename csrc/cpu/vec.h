@@ -9,12 +9,21 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+// The width follows from the flags. Given on the command line, without the flags, it makes the class of that width from
+// the compiler's own vectors, and ENGINE_TILES the tiles' from a stand-in: tests then run what the machine cannot.
+#if defined(ENGINE_LANES)
+#elif defined(__AVX512F__)
 #define ENGINE_LANES 16
 #elif defined(__AVX2__)
 #define ENGINE_LANES 8
 #else
 #define ENGINE_LANES 4
+#endif
+
+#if defined(__AMX_BF16__)
+#define ENGINE_TILES
+#elif defined(ENGINE_TILES)
+#include "tiles_emulated.h"
 #endif
 
 #define ENGINE_INLINE static inline __attribute__((always_inline))
@@ -67,9 +76,9 @@ ENGINE_INLINE uint16_t to_bf16(float x) {
 }
 // Halves of words to words and back: one instruction each, where __builtin_convertvector makes five of two halves.
 ENGINE_INLINE vuint widen(const uint16_t* p) {
-#if ENGINE_LANES == 16
+#if defined(__AVX512F__)
   return (vuint)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif ENGINE_LANES == 8
+#elif defined(__AVX2__)
   return (vuint)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   vbits16 half;
@@ -78,9 +87,9 @@ ENGINE_INLINE vuint widen(const uint16_t* p) {
 #endif
 }
 ENGINE_INLINE void narrow(uint16_t* p, vuint words) {  // the high halves are 0
-#if ENGINE_LANES == 16
+#if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)words));
-#elif ENGINE_LANES == 8
+#elif defined(__AVX2__)
   const __m256i halves = _mm256_packus_epi32((__m256i)words, (__m256i)words);  // each twice, by quarters
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
 #else

@@ -1,9 +1,10 @@
 """Keys and values of running sequences, in pages of ``PAGE`` tokens at fixed absolute positions.
 Knows no model.
 
-Position t of a sequence with page table ``table`` lies in page ``table[t // PAGE]`` at row ``t %
-PAGE``, that is at slot ``table[t // PAGE] * PAGE + t % PAGE`` of the flat cache. Who holds which
-page is the scheduler's business.
+Position t of a sequence with page table ``table`` lies in page ``table[t // PAGE]`` at place ``t %
+PAGE``, that is at slot ``table[t // PAGE] * PAGE + t % PAGE`` of the flat cache. How a page holds
+its keys and values is the kernel's (``attention_decode``); who holds which page is the scheduler's
+business.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PAGE = 16
+from engine.kernels.attention_decode import PAGE, page_shapes, write_pages
 
 
 def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -22,7 +23,7 @@ def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) ->
 
 
 class PageCache:
-    """``keys[layer]``, ``values[layer]``: (num_pages, PAGE, Hk, D) each.
+    """``keys[layer]``, ``values[layer]``: pages as ``attention_decode`` reads them.
 
     Zero-filled, since rows behind a sequence's end take part in blocked products with weight 0, and
     0 * nan is nan.
@@ -37,14 +38,18 @@ class PageCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_pages, PAGE, kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        of_keys, of_values = page_shapes(kv_heads, head_dim, dtype)
+
+        def pages(shape: list[int]) -> list[Tensor]:
+            return [
+                torch.zeros(num_pages, *shape, dtype=dtype, device=device) for _ in range(layers)
+            ]
+
+        self.keys, self.values = pages(of_keys), pages(of_values)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put ``k``, ``v`` (N, Hk, D) at ``slots`` (N,) int64 of the flat cache."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+        write_pages(self.keys[layer], self.values[layer], slots, k, v)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, destination), in every layer."""

@@ -96,10 +96,10 @@ def generate(
         [Request(len(prompt), n) for prompt in prompts],
         settings.max_new_tokens,
         limits,
-        page_bytes(layers, kv_heads, head_dim, model.act_dtype),
+        page_bytes(layers, kv_heads, head_dim, model.kv_dtype),
         PAGE,
     )
-    cache = PageCache(layers, scheduler.num_pages, kv_heads, head_dim, model.act_dtype)
+    cache = PageCache(layers, scheduler.num_pages, kv_heads, head_dim, model.kv_dtype)
     longest = max((len(prompt) for prompt in prompts), default=0) + settings.max_new_tokens
     steps = steps_for(model, cache, settings, longest)
     run = _Run(steps, cache, scheduler, settings, eos_ids, seed)

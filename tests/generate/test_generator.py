@@ -1,5 +1,6 @@
-"""Generation against the packed forward: same tokens and log-probs whatever the batch, slots and
-pages.
+"""Generation: stops, limits, errors, and without the C++ kernels the same tokens whatever the batch, slots and pages.
+
+To the bit, on every family, dtype and class of CPU: test_bits.py.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from engine.errors import ConfigError
 from engine.generate.generator import Generated, generate
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Limits
-from engine.kernels._backend import backend, extension, kernels_usable
+from engine.kernels._backend import backend, kernels_usable
 from engine.model import transformer
 from engine.model.weights import load_policy
 
-BF16, FP32 = "bfloat16", "float32"
+FP32 = "float32"
 LENGTHS = (1, 16, 5, 17, 32, 31, 2, 48)  # one token, full pages, one token over, one under
 
 
@@ -52,49 +53,6 @@ def scored(model, results: list[Generated], temperature=1.0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_samplers_logprob_is_the_training_forwards_to_the_bit(folders, family, dtype):
-    """Promise P2: decode over pages and one packed forward give the same bits."""
-    if not kernels_usable():
-        pytest.skip("the promise of the C++ kernels; without them see the next test")
-    check_bits(load_policy(folders[family], dtype=dtype))
-
-
-@pytest.mark.parametrize("name", ["plain", "avx2", "avx512", "amx"])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_every_class_of_cpu_keeps_the_bits(folders, name, dtype):
-    module = extension()
-    classes = ["plain", "avx2", "avx512", "amx"]
-    if module is None or classes.index(name) > classes.index(module.detected_class()):
-        pytest.skip(f"this machine does not run {name}")
-    before = module.cpu_class()
-    module.set_cpu_class(name)
-    try:
-        check_bits(load_policy(folders["llama"], dtype=dtype))
-    finally:
-        module.set_cpu_class(before)
-
-
-def check_bits(model):
-    settings = Sampling(20, temperature=0.8)
-    results = generate(model, some_prompts(), settings, frozenset(), n=2, seed=3)
-    for result, (logprob, entropy) in zip(results, scored(model, results, 0.8), strict=True):
-        assert torch.equal(result.logprobs, logprob)
-        assert torch.equal(result.entropies, entropy)
-
-
-def test_the_number_of_threads_changes_no_bit(llama):
-    if not kernels_usable():
-        pytest.skip("the promise of the C++ kernels")
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(generate(llama, some_prompts(), Sampling(20), frozenset(), n=2, seed=3))
-    torch.set_num_threads(before)
-    assert_same(*results)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_is_the_full_forward_on_the_torch_definitions(folders, family):
     with backend("reference"):
         model = load_policy(folders[family], dtype=FP32)
@@ -110,7 +68,7 @@ def test_batch_order_slots_and_pages_change_no_token(llama, n):
     ids = list(range(100, 100 + len(prompts) * n))
     want = generate(llama, prompts, settings, eos, n=n, seed=1, episode_ids=ids)
     page = (
-        16 * 2 * 2 * 2 * 10 * llama.act_dtype.itemsize
+        16 * 2 * 2 * 2 * 10 * llama.kv_dtype.itemsize
     )  # layers, keys and values, heads, head size
     for limits in (
         Limits(max_active=1),
@@ -225,7 +183,7 @@ def test_filters_sample_their_law_and_return_its_log_prob(llama):
     ],
 )
 def test_what_cannot_run_is_an_error_before_anything_runs(llama, prompt, new, message):
-    page = 16 * 2 * 2 * 2 * 10 * llama.act_dtype.itemsize
+    page = 16 * 2 * 2 * 2 * 10 * llama.kv_dtype.itemsize
     limits = Limits(kv_cache_gb=4.5 * page * 1e-9)
     with pytest.raises(ConfigError, match=message):
         generate(llama, [[1], prompt], Sampling(new), frozenset(), limits=limits)

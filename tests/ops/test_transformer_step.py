@@ -11,7 +11,7 @@ from small_engines import FAMILIES, save_tiny
 from engine.generate.cache import PAGE, PageCache
 from engine.generate.sampling import Sampling
 from engine.generate.steps import DefinedSteps, KernelSteps, Rows
-from engine.kernels._backend import BackendError, backend, extension, kernels_usable
+from engine.kernels._backend import BackendError, backend, kernels_usable
 from engine.kernels.transformer_step import TransformerStep
 from engine.model.network import step_network
 from engine.model.weights import load_policy
@@ -34,7 +34,7 @@ def llama(folders):
 
 def cache_of(model) -> PageCache:
     a = model.architecture
-    return PageCache(a.num_layers, 40, a.num_kv_heads, a.head_dim, model.act_dtype)
+    return PageCache(a.num_layers, 40, a.num_kv_heads, a.head_dim, model.kv_dtype)
 
 
 def some_prompts():
@@ -77,18 +77,9 @@ def test_it_is_the_definition_to_the_bit(folders, family, dtype):
     check_against_the_definition(load_policy(folders[family], dtype=dtype))
 
 
-@pytest.mark.parametrize("name", ["plain", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_every_class_of_cpu(folders, name, dtype):
-    module, classes = extension(), ["plain", "avx2", "avx512", "amx"]
-    if classes.index(name) > classes.index(module.detected_class()):
-        pytest.skip(f"this machine does not run {name}")
-    before = module.cpu_class()
-    module.set_cpu_class(name)
-    try:
-        check_against_the_definition(load_policy(folders["qwen3"], dtype=dtype))
-    finally:
-        module.set_cpu_class(before)
+def test_on_every_class_of_cpu(folders, dtype, cpu_class):
+    check_against_the_definition(load_policy(folders["qwen3"], dtype=dtype))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])

@@ -1,0 +1,69 @@
+// Reading and writing pages of keys and values: the layout is in attention_rows.h. Only with ENGINE_CLASS.
+#pragma once
+
+#include "attention_tiles.h"
+
+namespace engine::ENGINE_CLASS {
+
+template <typename S>
+constexpr int kOfWord = 4 / static_cast<int>(sizeof(S));  // channels or keys of a word
+
+// One of a word's numbers, as floats.
+template <typename S>
+ENGINE_INLINE vfloat part_of(const char* words, int part) {
+  vuint bits;
+  std::memcpy(&bits, words, sizeof(bits));
+  if constexpr (sizeof(S) == 2) bits = part == 0 ? bits << 16 : bits & 0xffff0000u;
+  return (vfloat)bits;
+}
+
+// The same of the first `count` words, the rest 0.
+template <typename S>
+ENGINE_INLINE vfloat part_of_up_to(const char* words, int part, int64_t count) {
+  if (count >= kLanes) return part_of<S>(words, part);
+  char whole[4 * kLanes] = {};
+  std::memcpy(whole, words, 4 * count);
+  return part_of<S>(whole, part);
+}
+
+// A page's keys, transposed as they lie: to[d * kKeyBlock + i] = key i [d]. What no key has filled is finite and unseen.
+template <typename S>
+ENGINE_INLINE void unpack_keys(const char* page, int64_t size, float* to) {
+  constexpr int w = kOfWord<S>;
+  for (int64_t word = 0; word < size / w; ++word, page += 4 * kPage)
+#pragma GCC unroll 2
+    for (int part = 0; part < w; ++part)
+#pragma GCC unroll 4
+      for (int i = 0; i < kPage; i += kLanes)
+        store(to + (word * w + part) * kKeyBlock + i, part_of<S>(page + 4 * i, part));
+}
+
+// A page's first `count` values: to[i * padded(size) + d] = value i [d], with zeros behind them.
+template <typename S>
+ENGINE_INLINE void unpack_values(const char* page, int64_t size, int64_t count, float* to) {
+  constexpr int w = kOfWord<S>;
+  const int64_t wide = padded(size);
+  for (int64_t i = 0; i < kPage; ++i, to += wide) {
+    const char* row = page + i / w * size * 4;
+    for (int64_t d = 0; d < wide; d += kLanes)
+      store(to + d, i < count && d < size ? part_of_up_to<S>(row + 4 * d, i % w, size - d) : vfloat{});
+  }
+}
+
+ENGINE_INLINE void put(float x, float* to) { *to = x; }
+ENGINE_INLINE void put(float x, uint16_t* to) { *to = to_bf16(x); }
+ENGINE_INLINE float get(float x) { return x; }
+ENGINE_INLINE float get(uint16_t x) { return from_bf16(x); }
+
+// One key head's row: keys a word apart by 16, values by w.
+template <typename T, typename S>
+ENGINE_INLINE void write_head(const T* k, const T* v, int64_t size, int64_t slot, S* k_page, S* v_page) {
+  constexpr int w = kOfWord<S>;
+  S* value = v_page + slot / w * size * w + slot % w;
+  for (int64_t d = 0; d < size; ++d) {
+    put(get(k[d]), k_page + (d / w * kPage + slot) * w + d % w);
+    put(get(v[d]), value + d * w);
+  }
+}
+
+}  // namespace engine::ENGINE_CLASS

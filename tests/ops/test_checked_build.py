@@ -1,0 +1,33 @@
+"""The op tests on every class of CPU, under AddressSanitizer and UBSan, whatever this machine is (checked_build.py)."""
+
+import checked_build
+import pytest
+
+OPS = {
+    "products": ["edges", "linear", "linear_logprob", "linear_sample"],
+    "attention": ["attention", "attention_decode", "transformer_step"],
+    "small": ["gae", "gelu", "kl_reward", "layernorm", "ppo_policy_loss", "ppo_value_loss", "ranking_loss", "rmsnorm",
+              "rope", "swiglu", "whiten"],
+}  # fmt: skip
+# What tests the definition, the schema or the errors, and what is long without another shape of memory.
+LEFT_OUT = (
+    "opcheck", "gradcheck", "do_not_fit", "does_not_fit", "never_exist", "frequencies", "any_width", "ragged_groups",
+    "with_threads", "threads_change_nothing", "knows_nothing_of_the_others and 576",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    reason = checked_build.why_not()
+    if reason:
+        pytest.skip(reason)
+    checked_build.build()
+
+
+@pytest.mark.parametrize("group", OPS)
+def test_no_class_leaves_its_memory_or_its_promises(group):
+    files = [f"tests/ops/test_{op}.py" for op in OPS[group]]
+    chosen = " and ".join(f"not ({name})" for name in LEFT_OUT)
+    done = checked_build.run_tests(*files, "-k", chosen)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert " passed" in done.stdout
