@@ -18,11 +18,12 @@ from torch import Tensor
 import engine
 from bench import floors
 from bench.workloads import Row, random_prompts, spread
-from engine.generate.cache import PAGE, PageCache
+from engine.generate.cache import PageCache
 from engine.generate.generator import generate
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Limits
 from engine.generate.steps import KernelSteps, Rows
+from engine.kernels.attention_decode import PAGE
 from engine.kernels.linear import PackedWeight, linear, pack_weight
 from engine.kernels.transformer_step import PHASES, Network, TransformerStep
 from engine.model.transformer import Model

@@ -36,7 +36,7 @@ class Sizes:
     gated: bool
     weight_bytes: int  # of one element
     activation_bytes: int  # of one element
-    kv_bytes: int  # of one element of keys and values
+    cache_item_bytes: int  # of one element of the cached keys and values
 
     @classmethod
     def of(cls, model: Model) -> Sizes:
@@ -68,7 +68,9 @@ class Sizes:
 
     def cache_bytes(self, rows: int, context: float) -> float:
         """Keys and values of R sequences of C tokens."""
-        return 2 * self.layers * rows * context * self.kv_heads * self.head_dim * self.kv_bytes
+        return (
+            2 * self.layers * rows * context * self.kv_heads * self.head_dim * self.cache_item_bytes
+        )
 
     def attention_flop(self, rows: int, context: float) -> float:
         return 4 * self.layers * rows * context * self.heads * self.head_dim

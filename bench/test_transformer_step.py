@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench import floors
 from bench.suite import work
-from engine.generate.cache import PAGE, PageCache
+from engine.generate.cache import PageCache
 from engine.generate.sampling import Sampling
 from engine.generate.steps import DefinedSteps, KernelSteps, Rows
+from engine.kernels.attention_decode import PAGE
 from engine.model.transformer import Model
 from engine.model.weights import load_policy
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.generate.cache import PAGE, PageCache, page_bytes
+from engine.generate.cache import PageCache, page_bytes
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Admission, Limits, Request, Scheduler, Start
 from engine.generate.steps import Drawn, Rows, Steps, steps_for
+from engine.kernels.attention_decode import PAGE
 from engine.model.transformer import Model
 from engine.run import streams
 
@@ -53,6 +54,7 @@ class _Sequence:
     start: Start
     prompt_length: int
     episode_id: int
+    uniform: list[float]  # what each of its tokens is drawn by
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -157,11 +159,12 @@ class _Run:
         if not admission.starts:
             return
         self._cache.copy([start.copy for start in admission.starts if start.copy is not None])
+        ids = [episodes[start.request * n + start.sample] for start in admission.starts]
+        positions = range(self._settings.max_new_tokens)
+        draws = streams.uniform(self._seed, "sample", [[i] for i in ids], [list(positions)])
         started = [
-            _Sequence(
-                start, len(prompts[start.request]), episodes[start.request * n + start.sample]
-            )
-            for start in admission.starts
+            _Sequence(start, len(prompts[start.request]), episode, row.tolist())
+            for start, episode, row in zip(admission.starts, ids, draws, strict=True)
         ]
         hidden = torch.stack([self._prompt_rows[start.request] for start in admission.starts])
         for start in admission.starts:
@@ -183,8 +186,8 @@ class _Run:
 
     def _uniform(self, sequences: list[_Sequence]) -> Tensor:  # (R,) float64
         """The random number that each sequence's next token is drawn by."""
-        episodes, lengths = [s.episode_id for s in sequences], [len(s.tokens) for s in sequences]
-        return torch.from_numpy(streams.uniform(self._seed, "sample", episodes, lengths))
+        draws = [s.uniform[len(s.tokens)] for s in sequences]
+        return torch.tensor(draws, dtype=torch.float64)
 
     def _append(self, sequences: list[_Sequence], drawn: Drawn) -> None:
         """Each sequence's next token."""

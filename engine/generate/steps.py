@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from engine.data.pack import last_rows, pack_sequences
-from engine.generate.cache import PAGE, PageCache, prompt_slots
+from engine.generate.cache import PageCache, prompt_slots
 from engine.generate.sampling import Sampling, draw, filtered_law
 from engine.kernels._backend import kernels_usable
 from engine.kernels.attention import attention
-from engine.kernels.attention_decode import attention_decode
+from engine.kernels.attention_decode import PAGE, attention_decode
 from engine.kernels.linear_sample import linear_sample
 from engine.kernels.transformer_step import TransformerStep
 from engine.model.network import step_network

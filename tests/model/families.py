@@ -101,7 +101,13 @@ def some_sequences(*lengths: int) -> list[list[int]]:
 
 
 def hf_logits(model: PreTrainedModel, sequences: list[list[int]]) -> Tensor:  # (N, V)
-    """Logits of each sequence on its own, one after the other."""
+    """Logits of each sequence on its own, one after the other.
+
+    The parameters are put into memory of their own first: as views of a mapped file they lie at any address, and the
+    order of sums in torch's float32 products depends on the alignment on some CPUs.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         parts = [model(torch.tensor([sequence])).logits[0] for sequence in sequences if sequence]
     return torch.cat(parts)

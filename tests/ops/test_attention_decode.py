@@ -53,7 +53,8 @@ def test_against_float64(cpu_class, dtype, heads, size):
     ours = attention_decode(*arguments, table, lengths)
     plain = attention_decode_reference(*arguments, table, lengths)
     pages = [torch.zeros(len(k_pages), *s).double() for s in page_shapes(heads[1], size, torch.float64)]
-    write_pages(*pages, torch.arange(len(k_pages) * PAGE), *(x.flatten(0, 1).double() for x in read_pages(k_pages, v_pages)))
+    wide = (x.flatten(0, 1).double() for x in read_pages(k_pages, v_pages))
+    write_pages(*pages, torch.arange(len(k_pages) * PAGE), *wide)
     truth = attention_decode_reference(q.double(), *pages, table, lengths)
     assert ours.dtype == dtype
     assert_close(ours, plain, truth, units=16)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from small_engines import FAMILIES, save_tiny
 
-from engine.generate.cache import PAGE, PageCache
+from engine.generate.cache import PageCache
 from engine.generate.sampling import Sampling
 from engine.generate.steps import DefinedSteps, KernelSteps, Rows
 from engine.kernels._backend import BackendError, backend, kernels_usable
+from engine.kernels.attention_decode import PAGE
 from engine.kernels.transformer_step import TransformerStep
 from engine.model.network import step_network
 from engine.model.weights import load_policy
