@@ -1,6 +1,6 @@
 // Matrix products C (M, N) = A (M, K) B (K, N): the operands' layouts and the functions of each class. M rows, N columns,
-// K depth. Every element of C sums over the depth in order in one chain, wherever the product is cut: into rows,
-// columns or threads, and (sums stored and loaded again) into pieces of the depth.
+// K depth. Every element of C sums over the depth in order, in pieces at fixed depths, wherever the product is cut: into rows,
+// columns or threads.
 //
 // B lies in panels of panel_columns() columns, whose depth is contiguous:
 //   f32    [K][columns] floats

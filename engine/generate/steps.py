@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.data.pack import last_rows, pack_sequences
+from engine.data.pack import cut_by_tokens, last_rows, pack_sequences
 from engine.generate.cache import PageCache, prompt_slots
 from engine.generate.sampling import Sampling, draw, filtered_law
 from engine.kernels._backend import kernels_usable
@@ -25,6 +25,9 @@ from engine.kernels.linear_sample import linear_sample
 from engine.kernels.transformer_step import TransformerStep
 from engine.model.network import step_network
 from engine.model.transformer import Model, hidden_states, logits
+
+# of one call: what lies between its products stays in the last cache (768 tokens and more were slower)
+PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,16 @@ class KernelSteps(DefinedSteps):
         self._step = TransformerStep(step_network(model, longest))
 
     def prefill(
+        self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
+    ) -> Tensor:  # (P, H)
+        rows: list[Tensor] = [torch.empty(0)] * len(prompts)
+        for chosen in cut_by_tokens([len(p) for p in prompts], PREFILL_TOKENS):
+            hidden = self._prefill([prompts[i] for i in chosen], [pages[i] for i in chosen])
+            for i, row in zip(chosen, hidden, strict=True):
+                rows[i] = row
+        return torch.stack(rows)
+
+    def _prefill(
         self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
     ) -> Tensor:  # (P, H)
         batch, cache = pack_sequences(prompts), self._cache

@@ -36,7 +36,7 @@ def prompts(smollm2):
 def test_every_way_to_compute_a_row_gives_the_same_bits(smollm2, prompts, dtype):
     """And again after an optimizer step, when every weight is another one."""
     model = load_policy(smollm2, dtype, trainable=True)
-    request = Request([prompts[0], prompts[2], prompts[3]], 2, 4, frozenset())
+    request = Request([prompts[1], prompts[3]], 2, 4, frozenset())
     before = request.sample(model)
     assert not ways_that_differ(model, before)
     rows = trained(model, before)
@@ -82,11 +82,6 @@ def test_float32_logits_are_those_of_transformers(float32_logits):
     assert (ours - theirs).pow(2).mean().sqrt() <= 1e-4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="one accumulator over the whole depth: 4e-4 at a first position, whose activations are in the thousands",
-)
 @pytest.mark.skipif(not kernels_usable(), reason="of the C++ kernels' sums")
 def test_every_float32_logit_is_that_of_transformers(float32_logits):
     theirs, ours = float32_logits

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradients import check_against_float64
 from test_attention_decode import batch, paged
+from test_linear_logprob import check_against_float64 as check_logprob
 
 from engine.kernels.attention import attention, attention_reference
 from engine.kernels.attention_decode import attention_decode
@@ -17,8 +18,9 @@ from engine.kernels.linear_sample import linear_sample
 
 STORAGES = [torch.float32, torch.bfloat16]
 ROWS = (0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 129)
-COLUMNS = (1, 31, 32, 33, 63, 65, 95, 97, 127, 129, 64)  # as many as have no divisor in common
-DEPTHS = (1, 31, 32, 33, 63, 64, 577, 1537, 96, 1536)  # with each other: all meet
+COLUMNS = (1, 31, 32, 33, 63, 65, 95, 97, 127, 129, 64)
+DEPTHS = (1, 31, 32, 33, 63, 64, 577, 1537, 96, 1536, 2048, 65, 127)
+# 15, 11 and 13 of them: going through all three in step, they meet in other company each time.
 
 
 def whole(*shape: int) -> torch.Tensor:
@@ -28,7 +30,7 @@ def whole(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("x_dtype", STORAGES)
 def test_products_of_whole_numbers_are_exact(cpu_class, storage, x_dtype):
-    for i in range(2 * len(ROWS)):
+    for i in range(4 * len(ROWS)):
         m, n, k = ROWS[i % len(ROWS)], COLUMNS[i % len(COLUMNS)], DEPTHS[i % len(DEPTHS)]
         x, bias, master, grad = whole(m, k), whole(n), whole(n, k), whole(m, n)
         leaves = [t.requires_grad_() for t in (x.to(x_dtype), bias.clone(), master.clone())]
@@ -40,13 +42,11 @@ def test_products_of_whole_numbers_are_exact(cpu_class, storage, x_dtype):
             assert torch.equal(leaf.grad, want), (m, n, k)
 
 
-@pytest.mark.parametrize("stride", [64, 2048, 2080])
-def test_rows_in_place_or_packed(cpu_class, stride):
-    """bfloat16 rows of whole steps are read where they lie, but for strides that fill one set of the cache."""
-    for m in (1, 16, 31, 33, 70):
-        x, master = whole(m, stride).bfloat16()[:, :64], whole(33, 64)
-        y = linear(x, pack_weight(master, torch.bfloat16), out_dtype=torch.float32)
-        assert torch.equal(y, x.float() @ master.T)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("shape", [(17, 64, 33), (31, 2144, 31), (49, 96, 40), (145, 32, 33)])
+def test_gradients_of_logits_that_are_read_in_place(cpu_class, storage, shape):
+    """Whole steps of columns: all rows but the last ones lie further apart than these, which are copied."""
+    check_logprob(cpu_class, shape, storage)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
