@@ -37,7 +37,7 @@ demo-packages: setup
 demo: demo-packages
 	$(BIN)/python -m engine.demo run --output_dir $(DEMO_DIR)
 
-# Every kernel against torch and the strongest cheap alternative: half an hour, the machine otherwise idle.
+# Every kernel against torch and the strongest cheap alternative; close everything else first.
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --kernel_results bench/results
 

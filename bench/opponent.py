@@ -64,9 +64,8 @@ class Served(Opponent):
         command = [str(python), str(program), name, "--model", model, "--dtype", dtype]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        environment["PYTHONSAFEPATH"] = (
-            "1"  # or a file of this folder could shadow a package of the peer
-        )
+        # Else a file of this folder could hide a package of the peer.
+        environment["PYTHONSAFEPATH"] = "1"
         self._process = subprocess.Popen(
             [*command, "--threads", str(threads)],
             stdin=subprocess.PIPE,

@@ -36,8 +36,9 @@ LIMITS = {
     "copy_gb_per_s": {"32 KiB": 90.0, "512 KiB": 30.0, "1048576 KiB": 10.0},
     "barrier_us": 1.0,
 }
-# two layers of 4 query and 2 key heads of 8, hidden 32, inner 64, vocabulary 100, bf16 weights, fp32 activations
-SIZES = floors.Sizes(2, 32, 64, 4, 2, 8, 100, True, 2, 4, 4)
+# two layers of 4 query and 2 key heads of 8, hidden 32, inner 64, vocabulary 100, bf16 weights and cache, fp32
+# activations
+SIZES = floors.Sizes(2, 32, 64, 4, 2, 8, 100, True, 2, 4, 2)
 
 
 def test_rates_are_of_the_nearest_faster_size():
@@ -62,7 +63,7 @@ def test_sizes_by_hand():
     # q 32x32, k and v 16x32, o 32x32; gate, up and down 64x32
     assert SIZES.layer_elements == 2 * (2 * 1024 + 2 * 512 + 3 * 2048)
     assert SIZES.head_elements == 3200
-    assert SIZES.cache_bytes(3, 10) == 2 * 2 * 3 * 10 * 16 * 4
+    assert SIZES.cache_bytes(3, 10) == 2 * 2 * 3 * 10 * 16 * 2
     assert SIZES.attention_flop(3, 10) == 2 * 2 * 2 * 3 * 10 * 32  # scores and sums, two FLOP each
     assert SIZES.between_bytes(3) == 3 * 4 * (8 * 32 + 2 * 32 + 5 * 16 + 3 * 64)
 
