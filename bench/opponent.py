@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ class Missing(Exception):
     """The peer is not in the folder; says what is wanted."""
 
 
-class Opponent:
+class Opponent(ABC):
     """A peer: `run(case)` gives its seconds and its new tokens."""
 
     name = ""
@@ -40,8 +41,9 @@ class Opponent:
         """Whether the peer knows this workload."""
         return True
 
+    @abstractmethod
     def run(self, case: Case) -> tuple[float, int]:
-        raise NotImplementedError
+        """Seconds and new tokens."""
 
     @contextmanager
     def awake(self) -> Iterator[None]:

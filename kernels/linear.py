@@ -3,7 +3,7 @@
     y = x W^T + bias
 
 M rows, N columns (outputs), K depth. A weight is packed for the class of CPU at hand
-(docs/design.md section 6); every element of y sums over K in order in one accumulator, so it is a
+(docs/design.md section 6); every element of y sums over K in order, in pieces at fixed depths, so it is a
 function of its own row of x alone: the same bits for any number of rows, any place among them and
 any number of threads. Gradients of the weight go to its float32 master (N, K). With bfloat16
 storage on class `amx` the products take bfloat16 operands (x and the gradient are rounded) and

@@ -132,8 +132,8 @@ class TransformerStep:
         positions: Tensor,  # (N,) int64, one after the other within a sequence
         cu: Tensor,  # (S+1,) int32 offsets of each sequence's new rows, one or more
         page_table: Tensor,  # (S, pages) int32
-        keys: Sequence[Tensor],  # L of (pages, page, Hk, D), written at the new rows' positions
-        values: Sequence[Tensor],  # L of the same shape
+        keys: Sequence[Tensor],  # L of k_pages as in attention_decode, written at the new rows' positions
+        values: Sequence[Tensor],  # L of v_pages
         uniform: Tensor | None = None,  # (S,) float64 in [0, 1): sample a token for each sequence
         temperature: float = 1.0,
         seconds: Tensor | None = None,  # (PHASES,) float64: the time of each phase is added

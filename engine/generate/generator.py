@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -54,7 +56,7 @@ class _Sequence:
     start: Start
     prompt_length: int
     episode_id: int
-    uniform: list[float]  # what each of its tokens is drawn by
+    uniform: NDArray[np.float64]  # (max_new_tokens,): what each of its tokens is drawn by
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -160,10 +162,10 @@ class _Run:
             return
         self._cache.copy([start.copy for start in admission.starts if start.copy is not None])
         ids = [episodes[start.request * n + start.sample] for start in admission.starts]
-        positions = range(self._settings.max_new_tokens)
-        draws = streams.uniform(self._seed, "sample", [[i] for i in ids], [list(positions)])
+        positions = np.arange(self._settings.max_new_tokens)
+        draws = streams.uniform(self._seed, "sample", [[i] for i in ids], positions)
         started = [
-            _Sequence(start, len(prompts[start.request]), episode, row.tolist())
+            _Sequence(start, len(prompts[start.request]), episode, row)
             for start, episode, row in zip(admission.starts, ids, draws, strict=True)
         ]
         hidden = torch.stack([self._prompt_rows[start.request] for start in admission.starts])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_engines import FAMILIES, save_tiny
 
+from engine.generate import steps
 from engine.generate.cache import PageCache
 from engine.generate.sampling import Sampling
 from engine.generate.steps import DefinedSteps, KernelSteps, Rows
@@ -92,6 +93,13 @@ def test_with_threads(llama, threads):
             check_against_the_definition(llama)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 51])
+def test_prompts_that_do_not_fit_one_call_come_back_in_their_order(llama, monkeypatch, tokens):
+    """Cut into calls of this many tokens (longest first, so not in order), or of one prompt that is longer."""
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", tokens)
+    check_against_the_definition(llama)
 
 
 def test_with_a_filter_the_hidden_rows_are_drawn_from(llama):
