@@ -124,6 +124,14 @@ def test_what_comes_out_is_the_recorded_run():
     assert f"```\n{excerpt()}\n```" in TEXT
 
 
+def test_the_other_class_of_cpu_is_the_recorded_run():
+    found = json.loads((ROOT / "bench/results/demo-avx2.json").read_text())
+    minutes, rate = found["seconds_total"] / 60, found["win_rate"]
+    assert found["machine"]["cpu_class"] == "avx2"
+    said = " ".join(TEXT.split())
+    assert f"with AVX2 only {minutes:.0f} minutes, win rate {rate:.3f}" in said
+
+
 def test_the_tables_of_rollouts_are_the_recorded_runs():
     assert f"\n{render(ROOT / 'bench/results')}\n" in TEXT, (
         "paste what `python -m bench.table` prints"
