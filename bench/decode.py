@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,13 +47,13 @@ RATIO_IS = (
 class Recorder(TransformerStep):
     """A step that notes when each decode step's call began and ended, and adds up its phases."""
 
-    def __init__(self, network: Network) -> None:
-        super().__init__(network)
+    def __init__(self, network: Network, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__(network, keys, values)
         self.phases = torch.zeros(len(PHASES), dtype=torch.float64)
         self.calls: list[tuple[float, float]] = []
 
     def __call__(self, *given: object, **named: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if len(given) < 7 or given[6] is None:  # no uniform numbers: a prefill
+        if len(given) < 5 or given[4] is None:  # no uniform numbers: a prefill
             return super().__call__(*given, **named)
         began = time.perf_counter()
         out = super().__call__(*given, **named, seconds=self.phases)
@@ -71,8 +72,8 @@ def recorded(run: Callable[[], object]) -> Recorder:
     """Runs with the steps' op replaced by a recorder, and gives it."""
     made: list[Recorder] = []
 
-    def make(network: Network) -> Recorder:
-        made.append(Recorder(network))
+    def make(*given: Any) -> Recorder:
+        made.append(Recorder(*given))
         return made[-1]
 
     with mock.patch("engine.generate.steps.TransformerStep", make):

@@ -64,13 +64,13 @@ def op_modules() -> list[str]:
 
 def cpp_state(op: str) -> tuple[bool, str]:
     """Does this op have a C++ kernel here, and if not, why not?"""
-    if op not in _backend.REGISTRY:
+    if op not in _backend.REGISTRY and op not in _backend.CLASSES:
         return False, "written in torch operations"
     if _backend.extension() is None:
         return False, _backend.why_no_extension()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"engine::{op}", "CPU"):
+    if _backend.has_cpu_kernel(op):
         return True, ""
-    return False, "has a schema, but the extension was built without its C++ file; rebuild it"
+    return False, "is defined, but the extension was built without its C++ file; rebuild it"
 
 
 def backend_in_use(has_cpp: bool) -> str:

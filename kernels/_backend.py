@@ -23,6 +23,7 @@ from torch import Tensor
 BACKENDS = ("cpp", "reference")
 LIBRARY = torch.library.Library("engine", "FRAGMENT")
 REGISTRY: dict[str, str] = {}  # op -> schema, for `python -m engine.ops`
+CLASSES: dict[str, str] = {}  # op that keeps a state -> its class in torch.classes.engine
 
 _forced: ContextVar[str | None] = ContextVar("engine_backend", default=None)
 
@@ -37,6 +38,22 @@ def define(schema: str, fake: Callable[..., object]) -> None:
     LIBRARY.define(schema)
     torch.library.register_fake(f"engine::{name}", fake, lib=LIBRARY)
     REGISTRY[name] = schema
+
+
+def define_class(op: str, name: str) -> None:
+    """Says that C++ registers a class for an op that keeps a state between its calls: no schema, no definition."""
+    CLASSES[op] = name
+
+
+def has_cpu_kernel(op: str) -> bool:
+    """Has the loaded extension registered the op's CPU kernel?"""
+    if op not in CLASSES:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"engine::{op}", "CPU")
+    try:
+        torch._C._get_custom_class_python_wrapper("engine", CLASSES[op])
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._backend import BackendError, choose, define
+from ._backend import BackendError, choose, define_class
 from .linear import PackedWeight, packed_data
 
 PHASES = ("norms and gates", "products", "attention", "head", "sampling")
@@ -115,16 +115,26 @@ class Network:
 
 
 class TransformerStep:
-    """A network made ready once and stepped often. It holds on to the compute copy of one version of the weights."""
+    """A network over a cache, looked at once and stepped often.
 
-    def __init__(self, network: Network) -> None:
+    It holds on to the compute copy of one version of the weights, which a refresh rewrites in place, and to the cache:
+    L of k_pages and of v_pages as in attention_decode. Raises ValueError where a tensor does not fit.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        keys: Sequence[Tensor],  # L of k_pages, written at the new rows' positions
+        values: Sequence[Tensor],  # L of v_pages
+    ) -> None:
         if choose("transformer_step", network.embed_tokens) == "reference":
             raise BackendError(
                 "transformer_step: has no torch definition of its own; want the C++ kernels, or "
                 "engine.model.transformer.hidden_states"
             )
-        self.network = network
-        self._tensors, self._shape = network.tensors(), network.shape()
+        self._ready = torch.classes.engine.TransformerStep(
+            network.tensors(), network.shape(), network.eps, list(keys), list(values)
+        )
 
     def __call__(
         self,
@@ -132,8 +142,6 @@ class TransformerStep:
         positions: Tensor,  # (N,) int64, one after the other within a sequence
         cu: Tensor,  # (S+1,) int32 offsets of each sequence's new rows, one or more
         page_table: Tensor,  # (S, pages) int32
-        keys: Sequence[Tensor],  # L of k_pages as in attention_decode, written at the new rows' positions
-        values: Sequence[Tensor],  # L of v_pages
         uniform: Tensor | None = None,  # (S,) float64 in [0, 1): sample a token for each sequence
         temperature: float = 1.0,
         seconds: Tensor | None = None,  # (PHASES,) float64: the time of each phase is added
@@ -142,47 +150,10 @@ class TransformerStep:
 
         Raises ValueError on ids, positions, pages and shapes that do not fit.
         """
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.engine.transformer_step(
-            tokens,
-            positions,
-            cu,
-            page_table,
-            keys,
-            values,
-            self._tensors,
-            self._shape,
-            self.network.eps,
-            uniform,
-            temperature,
-            seconds,
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._ready.run(
+            tokens, positions, cu, page_table, uniform, temperature, seconds
         )
         return result
 
 
-def _fake(
-    tokens: Tensor,
-    positions: Tensor,
-    cu: Tensor,
-    page_table: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    weights: list[Tensor | None],
-    shape: list[int],
-    eps: float,
-    uniform: Tensor | None,
-    temperature: float,
-    seconds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sequences, drawn = cu.shape[0] - 1, 0 if uniform is None else cu.shape[0] - 1
-    hidden = keys[0].new_empty((sequences, shape[0]))
-    logprob = hidden.new_empty(drawn, dtype=torch.float32)
-    return hidden, tokens.new_empty(drawn), logprob, torch.empty_like(logprob)
-
-
-define(
-    "transformer_step(Tensor tokens, Tensor positions, Tensor cu, Tensor page_table, Tensor(a!)[] keys,"
-    " Tensor(b!)[] values, Tensor?[] weights, int[] shape, float eps, Tensor? uniform, float temperature,"
-    " Tensor(c!)? seconds)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake,
-)
+define_class("transformer_step", "TransformerStep")

@@ -171,7 +171,7 @@ def decoded(
     tables = tables_of(episodes) if tables is None else tables
     cache = new_cache(model, tables) if cache is None else cache
     longest = max(len(e.prompt_tokens) + len(e.tokens) for e in episodes)
-    step, found = TransformerStep(step_network(model, longest)), {}
+    step, found = TransformerStep(step_network(model, longest), cache.keys, cache.values), {}
     for t in range(max(len(e.tokens) for e in episodes)):
         live = [i for i, e in enumerate(episodes) if len(e.tokens) > t]
         rows = [
@@ -186,8 +186,6 @@ def decoded(
             batch.positions + first.repeat_interleave(batch.lengths),
             batch.cu_seqlens,
             tables[live],
-            cache.keys,
-            cache.values,
             uniform_of([episodes[i] for i in live], t),
             TEMPERATURE,
         )

@@ -1,6 +1,7 @@
 // What rows of attention have seen so far, and what a block of keys does to it. Only with ENGINE_CLASS.
 #pragma once
 
+#include "attention_pages.h"
 #include "attention_tiles.h"
 
 namespace engine::ENGINE_CLASS {
@@ -69,6 +70,75 @@ ENGINE_INLINE void start_row(const Chunk& chunk, int64_t r, const T* query) {
     else
       to[d * kTile] = query[d] * scale;
   }
+}
+
+template <typename T>
+ENGINE_INLINE void start_chunk(const Attention& job, const Heads& heads, const Rows& rows, int64_t key_head,
+                               const Chunk& chunk) {
+  const int64_t num_rows = rows.tokens * heads.group();
+  for (int64_t r = 0; r < chunk.count; ++r) {
+    chunk.sees[r] = r < num_rows ? static_cast<int32_t>(rows.visible + r / heads.group()) : 0;
+    const int64_t row = query_row(rows, heads, key_head, r < num_rows ? r : 0);
+    start_row(chunk, r, static_cast<const T*>(job.q) + row * chunk.size);
+  }
+}
+
+// All rows over the block of keys that starts at `first`. keys [size][kKeyBlock], values [kKeyBlock][wide].
+ENGINE_INLINE void over_block(const Chunk& chunk, int64_t num_rows, int64_t first, const float* keys,
+                              const float* values, float* score) {
+  for (int64_t r = 0; r < num_rows; r += kTile) {
+    const int64_t rows = num_rows - r < kTile ? num_rows - r : kTile;
+    int64_t seen = chunk.sees[r + rows - 1] - first;  // the last row of a tile sees most
+    if (seen <= 0) continue;
+    const int64_t count = seen >= kKeyBlock ? kKeyBlock : padded(seen);
+    product<1, kTile, false>(rows, score, kKeyBlock, chunk.query + r * chunk.size, keys, kKeyBlock, chunk.size, count);
+    for (int64_t i = 0; i < rows; ++i) {
+      seen = chunk.sees[r + i] - first;
+      if (seen > 0) {
+        soften_row(score + i * kKeyBlock, count, seen, chunk, r + i);
+      } else {
+        for (int64_t j = 0; j < count; j += kLanes) store(score + i * kKeyBlock + j, vfloat{});
+      }
+    }
+    product<kKeyBlock, 1, true>(rows, chunk.sum + r * chunk.wide, chunk.wide, score, values, chunk.wide, count,
+                                chunk.wide);
+  }
+}
+
+// The keys [size][kKeyBlock] and values [kKeyBlock][wide] of the block that starts at `first`, from rows or from pages.
+template <typename S>
+ENGINE_INLINE void read_block(const Attention& job, const Heads& heads, const Keys& keys, int64_t key_head,
+                              int64_t first, int64_t count, float* key_block, float* value_block) {
+  const int64_t size = heads.size;
+  if (!keys.pages) {
+    int64_t offset[kKeyBlock];
+    key_offsets(keys, heads, key_head, first, count, offset);
+    pack_columns(Stored<S>{static_cast<const S*>(job.k), offset, count, size}, key_block);
+    pack_rows(Stored<S>{static_cast<const S*>(job.v), offset, count, size}, value_block);
+    return;
+  }
+  const int64_t region = page_head_bytes(size, keys.bf16);
+  for (int64_t i = 0; i < count; i += kPage) {
+    const int64_t at = (keys.pages[(first + i) / kPage] * heads.key_heads + key_head) * region, left = count - i;
+    unpack_keys<S>(static_cast<const char*>(job.k) + at, size, key_block + i);
+    unpack_values<S>(static_cast<const char*>(job.v) + at, size, left, value_block + i * padded(size));
+  }
+}
+
+// The rows of one key head over their keys [0, last), and what they have seen then.
+template <typename T, typename S>
+ENGINE_INLINE Chunk rows_over_first_keys(const Attention& job, const Heads& heads, const Keys& keys, const Rows& rows,
+                                         int64_t key_head, int64_t last, float* scratch) {
+  const int64_t size = heads.size, wide = padded(size), num_rows = rows.tokens * heads.group();
+  float *key_block = scratch, *value_block = key_block + kKeyBlock * wide, *score = value_block + kKeyBlock * wide;
+  const Chunk chunk(num_rows, heads.chunk_rows(), size, score + kMaxTile * kKeyBlock);
+  start_chunk<T>(job, heads, rows, key_head, chunk);
+  for (int64_t first = 0; first < last; first += kKeyBlock) {
+    const int64_t count = last - first < kKeyBlock ? last - first : kKeyBlock;
+    read_block<S>(job, heads, keys, key_head, first, count, key_block, value_block);
+    over_block(chunk, num_rows, first, key_block, value_block, score);
+  }
+  return chunk;
 }
 
 template <typename T>

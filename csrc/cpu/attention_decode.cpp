@@ -5,7 +5,6 @@
 
 #ifdef ENGINE_CLASS
 #include "attention_chunk.h"
-#include "attention_pages.h"
 
 namespace engine::ENGINE_CLASS {
 namespace {
@@ -129,26 +128,36 @@ ENGINE_INLINE void head_over_block(const Chunk& chunk, int64_t group, int64_t se
   }
 }
 
-template <typename T, typename S>
-ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const Keys& keys, int64_t token, int64_t visible,
-                           int64_t head0, int64_t head1, float* scratch) {
-  const int64_t size = heads.size, group = heads.group(), most_rows = (group + kMaxTile - 1) / kMaxTile * kMaxTile;
-  const int64_t region = page_head_bytes(size, keys.bf16), pages = (visible + kPage - 1) / kPage;
-  float *score = scratch, *states = score + kMaxTile * kKeyBlock;
-  const int64_t state = most_rows * (2 * padded(size) + 16 + 2);
-  const auto chunk_of = [&](int64_t h) { return Chunk(group, most_rows, size, states + (h - head0) * state); };
+// The states of one row's heads, one after the other.
+struct States {
+  int64_t group, most_rows, size, head0;
+  float* scratch;
+  States(const Heads& heads, int64_t head0, float* scratch)
+      : group(heads.group()), most_rows((group + kMaxTile - 1) / kMaxTile * kMaxTile), size(heads.size), head0(head0),
+        scratch(scratch) {}
+  Chunk of(int64_t h) const {
+    return Chunk(group, most_rows, size, scratch + (h - head0) * most_rows * (2 * padded(size) + 16 + 2));
+  }
+};
+
+template <typename T>
+ENGINE_INLINE void start_head(const Attention& job, const Heads& heads, int64_t token, int64_t h, const Chunk& chunk) {
+  const T* query = static_cast<const T*>(job.q) + (token * heads.query_heads + h * heads.group()) * heads.size;
+  for (int64_t r = 0; r < heads.group(); ++r) start_row(chunk, r, query + r * heads.size);
+}
+
+// One row's heads [head0, head1) over its keys from `from` on, the start of a block.
+template <typename S>
+ENGINE_INLINE void row_over_blocks(const Attention& job, const Heads& heads, const int32_t* numbers, int64_t from,
+                                   int64_t visible, int64_t head0, int64_t head1, const States& states, float* score) {
+  const int64_t region = page_head_bytes(heads.size, sizeof(S) == 2), pages = (visible + kPage - 1) / kPage;
   const auto place = [&](const void* base, int64_t page, int64_t h) {  // the last page again where there is no next
-    const int64_t number = keys.pages[page < pages ? page : pages - 1];
+    const int64_t number = numbers[page < pages ? page : pages - 1];
     return static_cast<const char*>(base) + (number * heads.key_heads + h) * region;
   };
-  for (int64_t i = 0; i < kBlockPages && i < pages; ++i)
+  for (int64_t i = from / kPage; i < from / kPage + kBlockPages && i < pages; ++i)
     for (int64_t at = 0; at < region; at += kLine) __builtin_prefetch(place(job.k, i, head0) + at);
-  const T* query = static_cast<const T*>(job.q) + token * heads.query_heads * size;
-  for (int64_t h = head0; h < head1; ++h) {
-    const Chunk chunk = chunk_of(h);
-    for (int64_t r = 0; r < group; ++r) start_row(chunk, r, query + (h * group + r) * size);
-  }
-  for (int64_t first = 0; first < visible; first += kKeyBlock) {
+  for (int64_t first = from; first < visible; first += kKeyBlock) {
     const int64_t seen = visible - first, page = first / kPage;
     for (int64_t h = head0; h < head1; ++h) {
       BlockOfHead block;
@@ -158,10 +167,42 @@ ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const Keys&
         block.keys[i] = place(job.k, page + i, h), block.values[i] = place(job.v, page + i, h);
         block.next[i] = place(job.k, next_page + i, next_head);
       }
-      head_over_block<S>(chunk_of(h), group, seen, block, score);
+      head_over_block<S>(states.of(h), heads.group(), seen, block, score);
     }
   }
-  for (int64_t h = head0; h < head1; ++h) finish_chunk<T>(job, heads, {token, 1, visible}, h, chunk_of(h));
+}
+
+template <typename T, typename S>
+ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const int32_t* pages, int64_t token,
+                           int64_t visible, int64_t head0, int64_t head1, float* scratch) {
+  const States states(heads, head0, scratch + kMaxTile * kKeyBlock);
+  for (int64_t h = head0; h < head1; ++h) start_head<T>(job, heads, token, h, states.of(h));
+  row_over_blocks<S>(job, heads, pages, 0, visible, head0, head1, states, scratch);
+  for (int64_t h = head0; h < head1; ++h) finish_chunk<T>(job, heads, {token, 1, visible}, h, states.of(h));
+}
+
+template <typename T, typename S>
+ENGINE_INLINE void run_group(const Attention& job, const Heads& heads, const RowGroup& group, int64_t h,
+                             float* scratch) {
+  const int64_t each = heads.group(), wide = padded(heads.size);
+  const Keys keys{sizeof(S) == 2, 0, 0, 0, group.pages};
+  const Chunk shared = rows_over_first_keys<T, S>(job, heads, keys, {group.token, group.rows, group.shared}, h,
+                                                  group.shared, scratch);
+  float* const score = scratch + attention_scratch(heads);
+  const States states(heads, h, score + kMaxTile * kKeyBlock);
+  const Chunk own = states.of(h);
+  for (int64_t i = 0; i < group.rows; ++i) {
+    const int64_t token = group.token + i, visible = group.position[i] + 1;
+    start_head<T>(job, heads, token, h, own);
+    const float* const sum = shared.sum + i * each * wide;  // goes on from what the row has seen so far
+    for (int64_t j = 0; j < each * wide; j += kLanes) store(own.sum + j, load(sum + j));
+    for (int64_t j = 0; j < each * kLanes; j += kLanes)
+      store(own.weight + j, load(shared.weight + i * each * kLanes + j));
+    for (int64_t r = 0; r < each; ++r) own.most[r] = shared.most[i * each + r];
+    const int32_t* const pages = group.pages + i * group.most_pages;
+    row_over_blocks<S>(job, heads, pages, group.shared, visible, h, h + 1, states, score);
+    finish_chunk<T>(job, heads, {token, 1, visible}, h, own);
+  }
 }
 
 }  // namespace
@@ -174,7 +215,24 @@ void attention_decode_row(const Attention& job, const Heads& heads, const Keys& 
   }
   with_type(heads.bf16, [&]<typename T>(T*) {
     with_type(keys.bf16, [&]<typename S>(S*) {
-      if constexpr (sizeof(S) <= sizeof(T)) run_row<T, S>(job, heads, keys, token, visible, head0, head1, scratch);
+      if constexpr (sizeof(S) <= sizeof(T))
+        run_row<T, S>(job, heads, keys.pages, token, visible, head0, head1, scratch);
+    });
+  });
+}
+
+void attention_decode_group(const Attention& job, const Heads& heads, bool pages_bf16, const RowGroup& group,
+                            int64_t key_head, float* scratch) {
+  if (heads.size % kLanes != 0) {
+    for (int64_t i = 0; i < group.rows; ++i) {
+      const Keys keys{pages_bf16, 0, 0, 0, group.pages + i * group.most_pages};
+      attention_rows(job, heads, keys, {group.token + i, 1, group.position[i] + 1}, key_head, scratch);
+    }
+    return;
+  }
+  with_type(heads.bf16, [&]<typename T>(T*) {
+    with_type(pages_bf16, [&]<typename S>(S*) {
+      if constexpr (sizeof(S) <= sizeof(T)) run_group<T, S>(job, heads, group, key_head, scratch);
     });
   });
 }
@@ -224,6 +282,33 @@ void check_pages(const at::Tensor& page_table, const at::Tensor& lengths, int64_
   }
 }
 
+struct Task {
+  RowGroup group;
+  int64_t head0, head1;
+};
+
+std::vector<int64_t> positions_of(const at::Tensor& lengths) {
+  const int32_t* const length = lengths.const_data_ptr<int32_t>();
+  std::vector<int64_t> positions(length, length + lengths.size(0));
+  for (int64_t& position : positions) --position;
+  return positions;
+}
+
+// Rows that share keys go together, head by head; another row is one task, or one a head where there are few.
+std::vector<Task> tasks_of(const at::Tensor& page_table, const std::vector<int64_t>& positions, const Heads& heads) {
+  const int64_t rows = page_table.size(0), most_pages = page_table.size(1), most = most_rows_of_group(rows, heads);
+  const int64_t each = rows >= 2 * at::get_num_threads() ? heads.key_heads : 1;
+  std::vector<Task> tasks;
+  for (int64_t r = 0; r < rows;) {
+    const int32_t* const pages = page_table.const_data_ptr<int32_t>() + r * most_pages;
+    const RowGroup group = first_group({r, rows - r, 0, positions.data() + r, pages, most_pages}, most);
+    const int64_t heads_of_task = group.rows > 1 ? 1 : each;
+    for (int64_t h = 0; h < heads.key_heads; h += heads_of_task) tasks.push_back({group, h, h + heads_of_task});
+    r += group.rows;
+  }
+  return tasks;
+}
+
 at::Tensor attention_decode(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
                             const at::Tensor& page_table, const at::Tensor& lengths) {
   check_cpu_contiguous(q, "q");
@@ -238,16 +323,20 @@ at::Tensor attention_decode(const at::Tensor& q, const at::Tensor& k_pages, cons
   check_pages(page_table, lengths, rows, k_pages.size(0));
   at::Tensor out = at::empty_like(q);
   const Attention job{q.const_data_ptr(), k_pages.const_data_ptr(), v_pages.const_data_ptr(), out.data_ptr(), nullptr};
-  const int32_t *table = page_table.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
+  const std::vector<int64_t> positions = positions_of(lengths);
+  const std::vector<Task> tasks = tasks_of(page_table, positions, heads);
   std::vector<int64_t> work;
-  const int64_t parts = rows >= 2 * at::get_num_threads() ? 1 : heads.key_heads, each = heads.key_heads / parts;
-  for (int64_t i = 0; i < rows * parts; ++i)
-    work.push_back(length[i / parts] * each * heads.size * (heads.group() * 2 + 4));
-  const auto run = pick_attention_decode_row();
+  for (const Task& t : tasks)
+    work.push_back(t.group.rows * (t.group.position[0] + 1) * (t.head1 - t.head0) * heads.size *
+                   (heads.group() * 2 + 4));
   share_out(work, attention_decode_scratch(heads), [&](int64_t i, float* scratch) {
-    const int64_t r = i / parts, head = i % parts * each;
-    const Keys keys{is_bf16(k_pages), 0, 0, 0, table + r * page_table.size(1)};
-    run(job, heads, keys, r, length[r], head, head + each, scratch);
+    const auto& [group, head0, head1] = tasks[i];
+    if (group.rows > 1) {
+      pick_attention_decode_group()(job, heads, is_bf16(k_pages), group, head0, scratch);
+      return;
+    }
+    const Keys keys{is_bf16(k_pages), 0, 0, 0, group.pages};
+    pick_attention_decode_row()(job, heads, keys, group.token, group.position[0] + 1, head0, head1, scratch);
   });
   return out;
 }

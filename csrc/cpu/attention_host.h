@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <vector>
@@ -75,6 +76,27 @@ inline Segments check_segments(const at::Tensor& cu, const std::optional<at::Ten
     TORCH_CHECK_VALUE(owner[s] >= 0 && owner[s] <= s && owner[owner[s]] == owner[s], "prefix[", s, "]: got ", owner[s],
                       ", want ", s, " (no prefix) or an earlier segment without a prefix");
   return {cu.const_data_ptr<int32_t>(), owner, count, bf16};
+}
+
+// The first of some decoding rows, and those behind it that lie in the same pages with as many whole blocks of keys as the
+// second: at most `most` rows.
+inline RowGroup first_group(const RowGroup& rows, int64_t most) {
+  const auto shared_with = [&](int64_t row) {
+    const int32_t* const pages = rows.pages + row * rows.most_pages;
+    const int64_t blocks = (std::min(rows.position[0], rows.position[row]) + 1) / kKeyBlock;
+    return std::mismatch(pages, pages + blocks * kBlockPages, rows.pages).first - pages;
+  };
+  const int64_t shared = rows.rows > 1 ? shared_with(1) / kBlockPages * kKeyBlock : 0;
+  RowGroup group = rows;
+  group.rows = 1, group.shared = shared;
+  if (shared > 0)
+    while (group.rows < std::min(rows.rows, most) && shared_with(group.rows) * kPage >= shared) ++group.rows;
+  return group;
+}
+
+// Rows that are worth one task: several tasks a thread, and what the kernel takes.
+inline int64_t most_rows_of_group(int64_t rows, const Heads& heads) {
+  return std::clamp<int64_t>(rows * heads.key_heads / (4 * at::get_num_threads()), 2, heads.chunk_tokens());
 }
 
 // run(task, scratch) for every task, the largest first, each thread taking the next one when it is free. Which thread

@@ -50,19 +50,21 @@ ENGINE_INLINE void unpack_values(const char* page, int64_t size, int64_t count, 
   }
 }
 
-ENGINE_INLINE void put(float x, float* to) { *to = x; }
-ENGINE_INLINE void put(float x, uint16_t* to) { *to = to_bf16(x); }
-ENGINE_INLINE float get(float x) { return x; }
-ENGINE_INLINE float get(uint16_t x) { return from_bf16(x); }
-
 // One key head's row: keys a word apart by 16, values by w.
 template <typename T, typename S>
 ENGINE_INLINE void write_head(const T* k, const T* v, int64_t size, int64_t slot, S* k_page, S* v_page) {
   constexpr int w = kOfWord<S>;
-  S* value = v_page + slot / w * size * w + slot % w;
-  for (int64_t d = 0; d < size; ++d) {
-    put(get(k[d]), k_page + (d / w * kPage + slot) * w + d % w);
-    put(get(v[d]), value + d * w);
+  constexpr int64_t kPart = 64;  // channels converted together
+  S keys[kPart], values[kPart];
+  S* const value = v_page + slot / w * size * w + slot % w;
+  for (int64_t first = 0; first < size; first += kPart) {
+    const int64_t count = size - first < kPart ? size - first : kPart;
+    for (int64_t d = 0; d < count; d += kLanes) {
+      store_up_to(keys + d, load_up_to(k + first + d, count - d), count - d);
+      store_up_to(values + d, load_up_to(v + first + d, count - d), count - d);
+    }
+    for (int64_t d = 0; d < count; d += w) std::memcpy(k_page + ((first + d) / w * kPage + slot) * w, keys + d, 4);
+    for (int64_t d = 0; d < count; ++d) value[(first + d) * w] = values[d];
   }
 }
 

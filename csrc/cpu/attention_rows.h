@@ -60,6 +60,14 @@ struct Rows {
   int64_t token, tokens, visible;
 };
 
+// Decoding rows token, token + 1, ... that lie in the same pages with their first `shared` keys, whole blocks.
+struct RowGroup {
+  int64_t token, rows, shared;
+  const int64_t* position;  // of each row: it sees one key more
+  const int32_t* pages;     // of each row, `most_pages` apart
+  int64_t most_pages;
+};
+
 struct Attention {
   const void *q, *k, *v;
   void* out;
@@ -72,12 +80,10 @@ ENGINE_EVERYWHERE int64_t attention_scratch(const Heads& heads) {
   return kKeyBlock * 2 * wide + kMaxTile * kKeyBlock + heads.chunk_rows() * (2 * wide + 16 + 2);
 }
 
-// Floats of scratch memory for attention_decode_row.
+// Floats of scratch memory for attention_decode_row and attention_decode_group: keys that rows share, then own ones.
 ENGINE_EVERYWHERE int64_t attention_decode_scratch(const Heads& heads) {
   const int64_t wide = padded(heads.size), rows = (heads.group() + kMaxTile - 1) / kMaxTile * kMaxTile;
-  const int64_t own = kMaxTile * kKeyBlock + heads.key_heads * rows * (2 * wide + 16 + 2);
-  const int64_t general = attention_scratch(heads);
-  return own > general ? own : general;
+  return attention_scratch(heads) + kMaxTile * kKeyBlock + heads.key_heads * rows * (2 * wide + 16 + 2);
 }
 
 // Bytes of one key head's keys (or values) in a page.
@@ -93,6 +99,11 @@ ENGINE_KERNEL(void, attention_rows,
 ENGINE_KERNEL(void, attention_decode_row,
               (const engine::Attention& job, const engine::Heads& heads, const engine::Keys& keys, int64_t token,
                int64_t visible, int64_t head0, int64_t head1, float* scratch))
+// Rows over the keys that they share together, then each over its own; one key head. The same bits as row by row. At most
+// heads.chunk_tokens() rows.
+ENGINE_KERNEL(void, attention_decode_group,
+              (const engine::Attention& job, const engine::Heads& heads, bool pages_bf16,
+               const engine::RowGroup& group, int64_t key_head, float* scratch))
 // One row's keys and values (key heads, size), of the activations' dtype, to place `slot` of their page.
 ENGINE_KERNEL(void, attention_page_write,
               (const void* k, const void* v, const engine::Heads& heads, bool pages_bf16, int64_t slot, void* k_page,

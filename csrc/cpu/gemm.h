@@ -55,6 +55,7 @@ struct Out {
 
 struct Part {
   int64_t row0, row1, col0, col1;  // row0: start of a block of rows, col0: of a panel
+  const char* then = nullptr;      // panels that the thread reads after these, to be fetched; null: those behind them
 };
 
 }  // namespace engine

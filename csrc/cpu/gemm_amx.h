@@ -207,7 +207,7 @@ static void tile_product_few(const Left& left, const Right& right, int64_t depth
       for (int64_t col = first; col < last;) {
         const int64_t panels = tiles == 1 && last - col > kPanel ? 2 : 1, stop = smaller(col + panels * kPanel, last);
         t.b = static_cast<const char*>(right.data) + col / kPanel * right.panel_bytes;
-        t.ahead = t.b + panels * right.panel_bytes + t.steps * t.ahead_lines * 64 * block;
+        t.ahead = behind(right, part, stop) + t.steps * t.ahead_lines * 64 * block;
         tile_pass(t, out, {row, end, col, stop}, tiles, panels, {sums, true, true}, true);
         col = stop;
       }

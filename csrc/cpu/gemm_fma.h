@@ -66,6 +66,8 @@ struct FmaArguments {
   bool load_c;
   const char* ahead;  // memory that will be read next, fetched by and by
   int64_t ahead_step;
+  int64_t turn;  // depth from which on memory is fetched from `then` on; several panels only
+  const char* then;
 };
 
 // Every loop over registers is unrolled completely, or the accumulators would live in memory.
@@ -73,7 +75,7 @@ template <int ROWS, int PANELS, class B>
 static void fma_block(const FmaArguments& f) {
   float* const c = f.c;  // not through f, which the stores below might change for all GCC knows
   const int64_t stride = f.stride, depth = f.depth, panel_bytes = f.panel_bytes, row = f.row, step = f.step;
-  const int64_t ahead_step = f.ahead_step;
+  const int64_t ahead_step = f.ahead_step, turn = f.turn;
   const float* a = f.a;
   const char *b = f.b, *ahead = f.ahead;
   bool add = f.load_c;
@@ -82,6 +84,7 @@ static void fma_block(const FmaArguments& f) {
     const int64_t end = k + B::kPiece < depth ? k + B::kPiece : depth;
     vfloat acc[ROWS][2 * PANELS] = {};
     for (; k < end; ++k, a += step, b += B::kDepthBytes) {
+      if constexpr (PANELS > 1) ahead = k == turn ? f.then : ahead;
 #pragma GCC unroll 16
       for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead + p * panel_bytes);
       ahead += ahead_step;
@@ -150,6 +153,12 @@ ENGINE_INLINE void load_sums(float* sums, int64_t stride, int64_t width, const O
 
 ENGINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// What is read after the panels before column `col` of a part.
+ENGINE_INLINE const char* behind(const Right& right, const Part& part, int64_t col) {
+  if (part.then && col >= part.col1) return part.then;
+  return static_cast<const char*>(right.data) + (col + kPanel - 1) / kPanel * right.panel_bytes;
+}
+
 using FmaKernel = void (*)(const FmaArguments&);
 
 template <class B, int ROWS = 1>
@@ -192,8 +201,10 @@ static void fma_pass(FmaKernel kernel, FmaArguments& f, const Right& right, cons
   if (!direct) store_sums(sums, width, out, pass);
 }
 
+constexpr int64_t kDepthsAhead = 64;  // of several panels: 12 KiB under way, more than the memory's time of response
+
 // Panel by panel, all rows over one while it is in the first cache; the next one is fetched meanwhile, a share with each
-// pass of rows.
+// pass of rows. Few rows take several panels at once, each fetched some depths ahead.
 template <class B>
 static void fma_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
   const int64_t rows = part.row1 - part.row0, passes = (rows + kFmaRows - 1) / kFmaRows;
@@ -202,15 +213,17 @@ static void fma_product(const Left& left, const Right& right, int64_t depth, con
   int wide = 1;
   const FmaKernel wide_kernel = rows <= 3 ? fma_wide_kernel<B>(rows, wide) : nullptr;
   for (int64_t col = part.col0; col < part.col1;) {
-    const char* next = static_cast<const char*>(right.data) + (col / kPanel + 1) * right.panel_bytes;
     if (wide_kernel && part.col1 - col >= wide * kPanel) {
+      const int64_t near = smaller(kDepthsAhead, depth);
       f.a = static_cast<const float*>(left.data) + part.row0 * left.block;
-      f.ahead = next + (wide - 1) * right.panel_bytes;
+      f.ahead = static_cast<const char*>(right.data) + col / kPanel * right.panel_bytes + near * B::kDepthBytes;
       f.ahead_step = B::kDepthBytes;
+      f.turn = depth - near, f.then = behind(right, part, col + wide * kPanel);
       fma_pass<B>(wide_kernel, f, right, out, {part.row0, part.row1, col, col + wide * kPanel}, wide);
       col += wide * kPanel;
       continue;
     }
+    const char* next = behind(right, part, col + kPanel);
     f.ahead_step = B::kDepthBytes / passes;
     for (int64_t row = part.row0, pass = 0, n; row < part.row1; row += n, ++pass) {
       n = rows_of_pass(left, part.row1 - row);

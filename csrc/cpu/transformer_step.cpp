@@ -2,6 +2,7 @@
 // region. The contract is in kernels/transformer_step.py; every piece of arithmetic is an op's own row function.
 #ifndef ENGINE_CLASS
 
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,32 +33,33 @@ class Step {
     up_ = plain(rows_, net_.inner);
     if (net_.gated) gate_ = plain(rows_, net_.inner);
     share_attention();
-    const int64_t threads = at::get_num_threads();
-    const auto cut = [&](std::vector<int64_t> columns) {
-      return cut_products(rows_, columns, net_.arithmetic, threads);
-    };
+    const auto cut = [&](std::vector<int64_t> columns) { return cut_products(rows_, columns, net_.arithmetic); };
     cut_qkv_ = cut({heads, keys, keys}), cut_o_ = cut({net_.hidden}), cut_inner_ = cut({net_.inner});
     cut_down_ = cut({net_.hidden});
-    scratch_ = floats(threads, (attention_decode_scratch(net_.heads()) + 15) / 16 * 16);
+    scratch_ = floats(at::get_num_threads(), (attention_decode_scratch(net_.heads()) + 15) / 16 * 16);
   }
 
   // The rows through all layers; `last` gets the final norm of each sequence's last row.
   void run(Team::Member& team, const Activation& last, Watch& watch) {
     embed(team);
-    for (const Layer& layer : net_.layers) {
+    for (size_t i = 0; i < net_.layers.size(); ++i) {
+      const Layer& layer = net_.layers[i];
+      const bool is_last = i + 1 == net_.layers.size();
       rows(team, [&](int64_t r) {
-        if (&layer != &net_.layers.front()) add_to_residual(r);
+        if (i > 0) add_to_residual(r);
         norm(layer.input, residual_.at(r), normed_.at(r));
       });
       watch.mark(kRows);
-      products(team, cut_qkv_, normed_, {{&layer.q, &query_}, {&layer.k, &key_}, {&layer.v, &value_}});
+      products(team, cut_qkv_, normed_, {{&layer.q, &query_}, {&layer.k, &key_}, {&layer.v, &value_}},
+               first_of_share(team, cut_o_, layer.o));
       watch.mark(kProducts);
       attend(team, layer);
       watch.mark(kAttention);
       const bool in_place = readable(attended_);
       if (!in_place) rows(team, [&](int64_t r) { std::memcpy(mixed_.at(r), attended_.at(r), attended_.bytes()); });
       watch.mark(kRows);
-      products(team, cut_o_, in_place ? attended_ : mixed_, {{&layer.o, &addend_}});
+      products(team, cut_o_, in_place ? attended_ : mixed_, {{&layer.o, &addend_}},
+               first_of_share(team, cut_inner_, net_.gated ? layer.gate : layer.up));
       watch.mark(kProducts);
       rows(team, [&](int64_t r) {
         if (!net_.parallel_residual) add_to_residual(r);
@@ -67,7 +69,8 @@ class Step {
       watch.mark(kRows);
       inner_products(team, layer);
       watch.mark(kProducts);
-      products(team, cut_down_, inner_, {{&layer.down, &addend_}});
+      products(team, cut_down_, inner_, {{&layer.down, &addend_}},
+               is_last ? static_cast<const char*>(net_.head.data) : first_of_layer(team, net_.layers[i + 1]));
       watch.mark(kProducts);
     }
     team.each(seq_.count, [&](int64_t s) {
@@ -101,8 +104,12 @@ class Step {
  private:
   struct AttentionTask {
     int64_t sequence, head0, head1;  // key heads
-    bool decoding;                   // one row, not rotated yet; otherwise rows of a prompt and one head
+    RowGroup decoding;               // rows that are not rotated yet, or none: then `rows` of a prompt and one head
     Rows rows;
+    int64_t work() const {
+      return decoding.rows > 0 ? decoding.rows * (decoding.position[0] + 1) * (head1 - head0)
+                               : rows.tokens * (rows.visible + rows.tokens / 2);
+    }
   };
   struct Target {
     const Linear* weight;
@@ -150,43 +157,80 @@ class Step {
       pick_layernorm_rows()(x, false, norm.weight, norm.bias, 1, net_.hidden, net_.eps, out, bf16_, &mean, &rstd);
   }
 
-  // A decoding row's heads are one task, or one each where there are few rows; a prompt's are cut by rows too.
+  // Decoding rows that share keys are a task a head, another's heads are one task, or one each where there are few rows;
+  // a prompt is cut by heads and rows.
   void share_attention() {
     const Heads shape = net_.heads();
     const int64_t heads = seq_.count >= 2 * at::get_num_threads() ? net_.key_heads : 1;
-    for (int64_t s = 0; s < seq_.count; ++s) {
-      const bool decoding = seq_.new_rows(s) == 1;
-      if (!decoding) prompts_ = true;
-      const int64_t each = decoding ? heads : 1;
-      for (int64_t h = 0; h < net_.key_heads; h += each)
-        for (int64_t t = 0; t < seq_.new_rows(s); t += shape.chunk_tokens()) {
-          const int64_t tokens = std::min(shape.chunk_tokens(), seq_.new_rows(s) - t);
-          attention_.push_back({s, h, h + each, decoding, Rows{seq_.begin(s) + t, tokens, seq_.start(s) + t + 1}});
-        }
+    const int64_t most = most_rows_of_group(seq_.count, shape);
+    for (int64_t s = 0; s < seq_.count;) {
+      if (seq_.new_rows(s) > 1) {
+        share_prompt(s++, shape);
+        continue;
+      }
+      int64_t end = s + 1;
+      while (end < seq_.count && seq_.new_rows(end) == 1) ++end;
+      const int64_t r = seq_.begin(s);
+      const RowGroup group = first_group({r, end - s, 0, seq_.position + r, seq_.pages(s), seq_.most_pages}, most);
+      const int64_t each = group.rows > 1 ? 1 : heads;
+      for (int64_t h = 0; h < net_.key_heads; h += each) attention_.push_back({s, h, h + each, group, {}});
+      s += group.rows;
     }
-    const auto work = [&](const AttentionTask& t) { return t.rows.tokens * (t.rows.visible + t.rows.tokens / 2); };
     std::stable_sort(attention_.begin(), attention_.end(),
-                     [&](const AttentionTask& a, const AttentionTask& b) { return work(a) > work(b); });
+                     [](const AttentionTask& a, const AttentionTask& b) { return a.work() > b.work(); });
   }
 
-  void run_product(const Activation& from, const Target& to, const Part& part) const {
+  void share_prompt(int64_t s, const Heads& shape) {
+    prompts_ = true;
+    for (int64_t h = 0; h < net_.key_heads; ++h)
+      for (int64_t t = 0; t < seq_.new_rows(s); t += shape.chunk_tokens()) {
+        const int64_t tokens = std::min(shape.chunk_tokens(), seq_.new_rows(s) - t);
+        attention_.push_back({s, h, h + 1, {}, Rows{seq_.begin(s) + t, tokens, seq_.start(s) + t + 1}});
+      }
+  }
+
+  void run_product(const Activation& from, const Target& to, Part part, const char* then) const {
+    part.then = then;
     pick_product()(from.left(rows_, net_.arithmetic), to.weight->right, to.weight->depth, part,
                    {to.out->data, to.out->bf16, to.out->stride, false, to.weight->bias});
   }
 
+  static const char* panels_at(const Linear& weight, int64_t column) {
+    return static_cast<const char*>(weight.right.data) + column / pick_panel_columns()() * weight.right.panel_bytes;
+  }
+
+  // What this thread reads first of a phase, to be fetched at the end of the phase before.
+  static const char* first_of_share(const Team::Member& team, const std::vector<ProductTask>& tasks,
+                                    const Linear& weight) {
+    const int64_t count = static_cast<int64_t>(tasks.size()), first = team.start_of_share(count);
+    return first < count ? panels_at(weight, tasks[first].part.col0) : nullptr;
+  }
+  const char* first_of_layer(const Team::Member& team, const Layer& layer) const {
+    const int64_t count = static_cast<int64_t>(cut_qkv_.size()), first = team.start_of_share(count);
+    if (first >= count) return nullptr;
+    const Linear* const weights[] = {&layer.q, &layer.k, &layer.v};
+    return panels_at(*weights[cut_qkv_[first].weight], cut_qkv_[first].part.col0);
+  }
+
   void products(Team::Member& team, const std::vector<ProductTask>& tasks, const Activation& from,
-                std::initializer_list<Target> targets) const {
-    team.each(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-      run_product(from, targets.begin()[tasks[i].weight], tasks[i].part);
+                std::initializer_list<Target> targets, const char* then) const {
+    const int64_t count = static_cast<int64_t>(tasks.size()), end = team.end_of_share(count);
+    team.each(count, [&](int64_t i) {
+      const auto start = [&](const ProductTask& t) { return panels_at(*targets.begin()[t.weight].weight, t.part.col0); };
+      run_product(from, targets.begin()[tasks[i].weight], tasks[i].part, i + 1 == end || i + 1 == count ? then : start(tasks[i + 1]));
     });
   }
 
   // gate and up, and their activation while they are in the cache.
   void inner_products(Team::Member& team, const Layer& layer) const {
-    team.each(static_cast<int64_t>(cut_inner_.size()), [&](int64_t i) {
+    const int64_t count = static_cast<int64_t>(cut_inner_.size()), end = team.end_of_share(count);
+    const Linear& first = net_.gated ? layer.gate : layer.up;
+    team.each(count, [&](int64_t i) {
       const Part& part = cut_inner_[i].part;
-      if (net_.gated) run_product(normed_, {&layer.gate, &gate_}, part);
-      run_product(normed_, {&layer.up, &up_}, part);
+      if (net_.gated) run_product(normed_, {&layer.gate, &gate_}, part, panels_at(layer.up, part.col0));
+      run_product(normed_, {&layer.up, &up_}, part,
+                  i + 1 == end || i + 1 == count ? first_of_share(team, cut_down_, layer.down)
+                                                 : panels_at(first, cut_inner_[i + 1].part.col0));
       for (int64_t r = part.row0; r < part.row1; ++r) activate(r, part.col0, part.col1 - part.col0);
     });
   }
@@ -221,13 +265,18 @@ class Step {
     float* scratch = reinterpret_cast<float*>(scratch_.at(team.thread()));
     team.each(static_cast<int64_t>(attention_.size()), [&](int64_t i) {
       const AttentionTask& task = attention_[i];
+      const RowGroup& group = task.decoding;
       const Keys keys{net_.pages_bf16, 0, 0, 0, seq_.pages(task.sequence)};
-      if (!task.decoding) {
+      if (group.rows == 0) {
         pick_attention_rows()(job, shape, keys, task.rows, task.head0, scratch);
         return;
       }
-      rotate_and_store(layer, task.rows.token, task.head0, task.head1);
-      pick_attention_decode_row()(job, shape, keys, task.rows.token, task.rows.visible, task.head0, task.head1, scratch);
+      for (int64_t r = 0; r < group.rows; ++r) rotate_and_store(layer, group.token + r, task.head0, task.head1);
+      if (group.rows > 1)
+        pick_attention_decode_group()(job, shape, net_.pages_bf16, group, task.head0, scratch);
+      else
+        pick_attention_decode_row()(job, shape, keys, group.token, group.position[0] + 1, task.head0, task.head1,
+                                    scratch);
     });
   }
 
@@ -250,13 +299,8 @@ class Step {
 
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu,
-                      const at::Tensor& page_table, at::TensorList keys, at::TensorList values,
-                      const Weights& weights, at::IntArrayRef shape, double eps,
-                      const std::optional<at::Tensor>& uniform, double temperature,
-                      const std::optional<at::Tensor>& seconds) {
-  const Network net = network_of(weights, shape, eps, keys, values);
-  const Sequences sequences = sequences_of(tokens, positions, cu, page_table, net, keys[0].size(0));
+Four step_of(const Network& net, const Sequences& sequences, const std::optional<at::Tensor>& uniform,
+             double temperature, const std::optional<at::Tensor>& seconds) {
   const int64_t count = sequences.count;
   const auto options = at::TensorOptions().dtype(at::kFloat);
   const Activation last = operand_rows(count, net.hidden, net.bf16, net.arithmetic);
@@ -285,8 +329,35 @@ Four transformer_step(const at::Tensor& tokens, const at::Tensor& positions, con
   return {last.tensor(count).clone(), token, logprob, entropy};
 }
 
+using Tensors = c10::List<at::Tensor>;
+
+// A network over a cache, looked at once: 600 tensors for 30 layers, which a step's weights have driven from the cache.
+class TransformerStep : public torch::CustomClassHolder {
+ public:
+  TransformerStep(const Weights& weights, const std::vector<int64_t>& shape, double eps, const Tensors& keys,
+                  const Tensors& values)
+      : weights_(weights), keys_(keys.vec()), values_(values.vec()),
+        network_(network_of(weights_, shape, eps, keys_, values_)) {}
+
+  Four run(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu, const at::Tensor& page_table,
+           const std::optional<at::Tensor>& uniform, double temperature, const std::optional<at::Tensor>& seconds) {
+    const Sequences sequences = sequences_of(tokens, positions, cu, page_table, network_, keys_[0].size(0));
+    return step_of(network_, sequences, uniform, temperature, seconds);
+  }
+
+ private:
+  const Weights weights_;  // what the network's pointers point to
+  const std::vector<at::Tensor> keys_, values_;
+  const Network network_;
+};
+
 }  // namespace
 }  // namespace engine
 
-TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("transformer_step", &engine::transformer_step); }
+TORCH_LIBRARY_FRAGMENT(engine, m) {
+  m.class_<engine::TransformerStep>("TransformerStep")
+      .def(torch::init<const engine::Weights&, const std::vector<int64_t>&, double, const engine::Tensors&,
+                       const engine::Tensors&>())
+      .def("run", &engine::TransformerStep::run);
+}
 #endif

@@ -14,24 +14,16 @@ struct ProductTask {
 };
 
 // Products of the same rows with weights of `columns` each. Columns rather than rows are shared out, so that each thread
-// reads weights of its own; each task is a share of what is left, so that the last ones are small and no thread waits
-// long for another.
-inline std::vector<ProductTask> cut_products(int64_t rows, const std::vector<int64_t>& columns, Arithmetic arithmetic,
-                                             int64_t threads) {
-  const int64_t pair = 2 * pick_panel_columns()(), height = 32 * pick_block_rows()(arithmetic);
-  const int64_t row_parts = (rows + height - 1) / height, least = rows <= 3 ? 3 : 1;
-  const auto pairs_of = [&](int64_t cols) { return (cols + pair - 1) / pair; };
-  int64_t left = 0;
-  for (const int64_t cols : columns) left += pairs_of(cols);
+// reads weights of its own: few panels a task, so that no thread waits long for another, and as many as one pass over few
+// rows reads.
+inline std::vector<ProductTask> cut_products(int64_t rows, const std::vector<int64_t>& columns, Arithmetic arithmetic) {
+  const int64_t panels = rows <= 3 ? 6 : rows < 16 ? 4 : 2;
+  const int64_t width = panels * pick_panel_columns()(), height = 32 * pick_block_rows()(arithmetic);
   std::vector<ProductTask> tasks;
   for (size_t w = 0; w < columns.size(); ++w)
-    for (int64_t col = 0, end; col < columns[w]; col = end) {
-      const int64_t pairs = std::max(least, left / (2 * threads));
-      end = std::min(col + pairs * pair, columns[w]);
-      left -= pairs_of(end - col);
-      for (int64_t r = 0; r < row_parts; ++r)
-        tasks.push_back({w, {r * height, std::min((r + 1) * height, rows), col, end}});
-    }
+    for (int64_t col = 0; col < columns[w]; col += width)
+      for (int64_t row = 0; row < rows; row += height)
+        tasks.push_back({w, {row, std::min(row + height, rows), col, std::min(col + width, columns[w])}});
   return tasks;
 }
 

@@ -118,7 +118,7 @@ class KernelSteps(DefinedSteps):
 
     def __init__(self, model: Model, cache: PageCache, settings: Sampling, longest: int) -> None:
         super().__init__(model, cache, settings)
-        self._step = TransformerStep(step_network(model, longest))
+        self._step = TransformerStep(step_network(model, longest), cache.keys, cache.values)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
@@ -133,22 +133,18 @@ class KernelSteps(DefinedSteps):
     def _prefill(
         self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
     ) -> Tensor:  # (P, H)
-        batch, cache = pack_sequences(prompts), self._cache
+        batch = pack_sequences(prompts)
         width = max(len(p) for p in pages)
         table = torch.tensor([[*p, *[0] * (width - len(p))] for p in pages], dtype=torch.int32)
-        return self._step(
-            batch.tokens, batch.positions, batch.cu_seqlens, table, cache.keys, cache.values
-        )[0]
+        return self._step(batch.tokens, batch.positions, batch.cu_seqlens, table)[0]
 
     def decode(self, rows: Rows, uniform: Tensor) -> Drawn:
-        filters, cache = self._settings.filters, self._cache
+        filters = self._settings.filters
         hidden, *drawn = self._step(
             rows.tokens,
             rows.positions,
             torch.arange(len(rows.tokens) + 1, dtype=torch.int32),
             rows.page_table,
-            cache.keys,
-            cache.values,
             None if filters else uniform,
             self._settings.temperature,
         )

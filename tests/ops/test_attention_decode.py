@@ -87,6 +87,36 @@ def test_shared_pages_and_what_lies_behind_a_length(cpu_class):
     assert torch.equal(attention_decode(q, k_pages, v_pages, table, lengths), shared)
 
 
+# (keys in common, own keys of each row): one block, several, a block and a part, ends of blocks, no own key but the last
+SAMPLES = [(64, [1, 2, 63, 64, 65]), (200, [1, 40, 7]), (130, [5] * 20), (63, [1, 1]), (191, [1, 1, 2])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,size", [((6, 2), 64), ((9, 3), 64), ((3, 3), 20), ((9, 1), 128), ((1, 1), 80)])
+def test_rows_that_share_keys_go_over_them_together_to_the_same_bits(cpu_class, threads, dtype, heads, size):
+    """Samples of some prompts, and rows alone between them; the pages of each prompt are shared, or copied for each."""
+    keys, values, shared = [], [], []
+    for common, own in SAMPLES:
+        k, v = (torch.randn(common, heads[1], size).to(dtype) for _ in "kv")
+        for count in [*own, 0]:
+            k_own, v_own = (torch.randn(max(count, 70), heads[1], size).to(dtype)[: count or 70] for _ in "kv")
+            keys.append(torch.cat([k, k_own]) if count else k_own)
+            values.append(torch.cat([v, v_own]) if count else v_own)
+            shared.append(common // PAGE if count else 0)
+    q = torch.randn(len(keys), heads[0], size).to(dtype)
+    k_pages, v_pages, table = paged(keys, values)
+    lengths = torch.tensor([len(k) for k in keys], dtype=torch.int32)
+    separate = attention_decode(q, k_pages, v_pages, table, lengths)
+    for r in range(1, len(keys)):
+        table[r, : shared[r]] = table[r - 1, : shared[r]] if shared[r - 1] else table[r, : shared[r]]
+    together = attention_decode(q, k_pages, v_pages, table, lengths)
+    assert torch.equal(separate, together)
+    for copied in (k_pages, v_pages):  # the pages that only `separate` has read
+        unused = set(range(len(copied))) - set(table[table >= 0].tolist())
+        copied[sorted(unused)] = 3e30
+    assert torch.equal(attention_decode(q, k_pages, v_pages, table, lengths), together)
+
+
 def test_no_rows(cpu_class):
     table, lengths = torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
     pages = [torch.zeros(2, *s) for s in page_shapes(1, 8, torch.float32)]

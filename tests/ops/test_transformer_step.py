@@ -39,6 +39,10 @@ def cache_of(model) -> PageCache:
     return PageCache(a.num_layers, 40, a.num_kv_heads, a.head_dim, model.kv_dtype)
 
 
+def step_over(model, cache: PageCache) -> TransformerStep:
+    return TransformerStep(step_network(model, 96), cache.keys, cache.values)
+
+
 def some_prompts():
     draws = random.Random(1)
     return [[draws.randrange(1, 250) for _ in range(length)] for length in LENGTHS]
@@ -108,17 +112,16 @@ def test_with_a_filter_the_hidden_rows_are_drawn_from(llama):
 
 def test_a_prompt_in_pieces_is_the_prompt_at_once(llama):
     prompt, table = some_prompts()[-1], torch.tensor(some_pages()[:1], dtype=torch.int32)
-    step, results = TransformerStep(step_network(llama, 96)), []
+    results = []
     for cuts in ((0, 70), (0, 1, 16, 50, 70)):
         cache = cache_of(llama)
+        step = step_over(llama, cache)
         for first, last in zip(cuts, cuts[1:], strict=False):
             hidden, *_ = step(
                 torch.tensor(prompt[first:last]),
                 torch.arange(first, last),
                 torch.tensor([0, last - first], dtype=torch.int32),
                 table,
-                cache.keys,
-                cache.values,
             )
         results.append((hidden, cache))
     assert torch.equal(results[0][0], results[1][0])
@@ -126,11 +129,10 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(llama):
 
 
 def test_no_sequences_give_nothing(llama):
-    cache = cache_of(llama)
     none, cu = torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     table = torch.empty(0, 3, dtype=torch.int32)
-    step = TransformerStep(step_network(llama, 96))
-    hidden, *drawn = step(none, none, cu, table, cache.keys, cache.values, torch.empty(0).double())
+    step = step_over(llama, cache_of(llama))
+    hidden, *drawn = step(none, none, cu, table, torch.empty(0).double())
     assert hidden.shape == (0, 36) and all(t.numel() == 0 for t in drawn)
 
 
@@ -153,33 +155,31 @@ def test_no_sequences_give_nothing(llama):
 def test_errors_say_what_is_wanted(llama, change, message):
     given = {"tokens": [5, 6], "positions": [3, 0], "cu": [0, 1, 2], "table": [[0] * 6, [1] * 6]}
     given |= {"uniform": [0.5, 0.5], "temperature": 1.0, **change}
-    cache, step = cache_of(llama), TransformerStep(step_network(llama, 96))
+    step = step_over(llama, cache_of(llama))
     with pytest.raises(ValueError, match=message):
         step(
             torch.tensor(given["tokens"]),
             torch.tensor(given["positions"]),
             torch.tensor(given["cu"], dtype=torch.int32),
             torch.tensor(given["table"], dtype=torch.int32),
-            cache.keys,
-            cache.values,
             torch.tensor(given["uniform"], dtype=torch.float64),
             given["temperature"],
         )
 
 
-def test_a_cache_of_another_dtype_is_an_error(llama):
+def test_a_cache_of_another_dtype_or_with_a_layer_less_is_an_error(llama):
     cache = cache_of(llama)
     keys = [k.double() for k in cache.keys]
-    one, cu = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(ValueError, match="cache: got dtype Double, want Float"):
-        step = TransformerStep(step_network(llama, 96))
-        step(one, one, cu, torch.zeros(1, 1, dtype=torch.int32), keys, cache.values)
+        TransformerStep(step_network(llama, 96), keys, cache.values)
+    with pytest.raises(ValueError, match="keys, values: got 2 and 1, want one a layer, 2"):
+        TransformerStep(step_network(llama, 96), cache.keys, cache.values[:1])
 
 
 def test_on_the_definitions_it_says_where_the_definition_is(llama):
-    network = step_network(llama, 96)
+    network, cache = step_network(llama, 96), cache_of(llama)
     with backend("reference"), pytest.raises(BackendError, match="hidden_states"):
-        TransformerStep(network)
+        TransformerStep(network, cache.keys, cache.values)
 
 
 def test_pages_are_those_of_the_cache():
