@@ -12,6 +12,7 @@ samples from, once ``refresh`` has remade the compute copy from the masters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,8 @@ from torch import Tensor
 from engine.data.chat import TextEncoder, check_prompt
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.data.rows import BadRow
-from engine.errors import ConfigError, ModelError
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import ConfigError
 from engine.generate.generator import Generated, generate
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Limits
@@ -79,8 +81,10 @@ class HybridEngine:
         Raises:
             ModelError: no such folder, or not a model (with a tokenizer) that this engine runs.
         """
-        model = load_policy(folder, dtype=dtype, trainable=trainable)
-        return cls(model, cls.load_tokenizer(folder), limits)
+        with ThreadPoolExecutor(1) as beside:  # Python imports for a second while C++ packs weights
+            tokenizer = beside.submit(cls.load_tokenizer, folder)
+            model = load_policy(folder, dtype=dtype, trainable=trainable)
+            return cls(model, tokenizer.result(), limits)
 
     @staticmethod
     def load_tokenizer(folder: str | Path) -> Any:
@@ -89,15 +93,7 @@ class HybridEngine:
         Raises:
             ModelError: there is none.
         """
-        from transformers import AutoTokenizer  # takes seconds to import
-
-        try:
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError) as error:  # what transformers raises for a missing or odd one
-            raise ModelError(
-                f"{folder}: no tokenizer that transformers can read without remote code: {error}; "
-                "save one there with tokenizer.save_pretrained(folder)"
-            ) from error
+        return load_tokenizer(folder)
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from engine.data.prepare import PrepareSettings, prepare, read_prompts, write_prepared
 from engine.data.rows import DataSource
 from engine.data.statistics import tables
+from engine.data.tokenizer import load_tokenizer
 from engine.errors import EngineError
 
 EXIT_FAILED = 1
@@ -81,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Reads, prepares, writes and prints."""
-    from transformers import AutoTokenizer
-
     names = [name for name in PrepareSettings.__dataclass_fields__ if hasattr(args, name)]
     settings = PrepareSettings(**{name: getattr(args, name) for name in names})
     console = Console(highlight=False)
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     data = read_prompts(sources, settings.bad_rows)
     for line in data.report.lines():
         console.print(line, markup=False)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.tokenizer)
     prepared = prepare(data.items, settings, tokenizer)
     paths = write_prepared(prepared, args.output)
     for reason, count in prepared.removed.items():

@@ -87,7 +87,7 @@ def test_shared_pages_and_what_lies_behind_a_length(cpu_class):
     assert torch.equal(attention_decode(q, k_pages, v_pages, table, lengths), shared)
 
 
-# (keys in common, own keys of each row): one block, several, a block and a part, ends of blocks, no own key but the last
+# (keys in common, own keys of each row): one block, several, a block and a part, ends of blocks, one own key
 SAMPLES = [(64, [1, 2, 63, 64, 65]), (200, [1, 40, 7]), (130, [5] * 20), (63, [1, 1]), (191, [1, 1, 2])]
 
 
