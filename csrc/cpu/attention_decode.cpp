@@ -14,8 +14,9 @@ constexpr int64_t kLine = 64;
 
 constexpr int kPageVectors = static_cast<int>(kPage / kLanes);
 
-// Vectors beside R rows in registers, with enough sums in flight: whole pages.
-constexpr int vectors_beside(int R) { return kLanes != 8 ? 4 : R == 1 ? 8 : R < 4 ? 4 : 2; }
+// Vectors beside R rows in registers, with enough sums in flight. With 8 lanes there are 16 registers, and a sum of 3 rows
+// by 4 vectors that lies in memory instead doubles the loop's time.
+constexpr int vectors_beside(int R) { return kLanes != 8 ? 4 : R == 1 ? 8 : R == 2 ? 4 : R == 3 ? 3 : 2; }
 
 // One head's keys and values of a block, by page, and the keys that will be read next.
 struct BlockOfHead {
@@ -23,13 +24,15 @@ struct BlockOfHead {
   int64_t count;  // keys
 };
 
-// Scores of R rows with V vectors of keys from page `first` on: a chain over the channels in order, as tile_product's.
-template <typename S, int R, int V>
+// Scores of R rows with V vectors of keys from vector `first` on, its place in its page kPlace: a chain over the channels
+// in order, as tile_product's.
+template <typename S, int R, int V, int kPlace = 0>
 static void score_keys(const float* query, const BlockOfHead& block, int64_t first, int64_t size, float* score) {
-  constexpr int w = kOfWord<S>, kPages = V / kPageVectors;
+  constexpr int w = kOfWord<S>, kPages = (kPlace + V + kPageVectors - 1) / kPageVectors;
   const char *page[kPages], *ahead[kPages];
 #pragma GCC unroll 4
-  for (int g = 0; g < kPages; ++g) page[g] = block.keys[first + g], ahead[g] = block.values[first + g];
+  for (int g = 0; g < kPages; ++g)
+    page[g] = block.keys[first / kPageVectors + g], ahead[g] = block.values[first / kPageVectors + g];
   vfloat sum[R][V] = {};
   for (int64_t word = 0, at = 0; word < size / w; ++word, at += 4 * kPage) {
 #pragma GCC unroll 4
@@ -41,7 +44,8 @@ static void score_keys(const float* query, const BlockOfHead& block, int64_t fir
       for (int r = 0; r < R; ++r) x[r] = splat(query[r]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        const vfloat key = part_of<S>(page[v / kPageVectors] + at + v % kPageVectors * 4 * kLanes, part);
+        const int place = kPlace + v;
+        const vfloat key = part_of<S>(page[place / kPageVectors] + at + place % kPageVectors * 4 * kLanes, part);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sum[r][v] += x[r] * key;
       }
@@ -51,6 +55,25 @@ static void score_keys(const float* query, const BlockOfHead& block, int64_t fir
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(score + r * kKeyBlock + v * kLanes, sum[r][v]);
+}
+
+// Scores of R rows with `vectors` vectors of keys, whole pages, V at a time.
+template <typename S, int R, int V>
+ENGINE_INLINE void score_block(const float* query, const BlockOfHead& block, int64_t vectors, int64_t size,
+                               float* score) {
+  int64_t n = 0;
+  for (; n + V <= vectors; n += V) {
+    if (V % kPageVectors == 0 || n % kPageVectors == 0)
+      score_keys<S, R, V>(query, block, n, size, score + n * kLanes);
+    else
+      score_keys<S, R, V, V % kPageVectors>(query, block, n, size, score + n * kLanes);
+  }
+  for (; n < vectors; n += n % kPageVectors == 0 ? kPageVectors : 1) {
+    if (n % kPageVectors == 0)
+      score_keys<S, R, kPageVectors>(query, block, n, size, score + n * kLanes);
+    else
+      score_keys<S, R, 1, V % kPageVectors>(query, block, n, size, score + n * kLanes);
+  }
 }
 
 // sum[r] += weight[r] * (V vectors of one value), w values a word.
@@ -102,16 +125,15 @@ template <typename S, int R>
 static void rows_over_block(const Chunk& chunk, int64_t r, int64_t seen, const BlockOfHead& block, float* score) {
   constexpr int V = vectors_beside(R);
   const int64_t count = padded(block.count);
-  const float* query = chunk.query + r / kTile * chunk.size * kTile + r % kTile;
-  int64_t n = 0;
-  for (; n + V * kLanes <= count; n += V * kLanes)
-    score_keys<S, R, V>(query, block, n / kPage, chunk.size, score + n);
-  for (; n < count; n += kPage) score_keys<S, R, kPageVectors>(query, block, n / kPage, chunk.size, score + n);
+  score_block<S, R, V>(chunk.query + r / kTile * chunk.size * kTile + r % kTile, block, count / kLanes, chunk.size, score);
   for (int i = 0; i < R; ++i) soften_row(score + i * kKeyBlock, count, seen, chunk, r + i);
   float* sum = chunk.sum + r * chunk.wide;
   int64_t d = 0;
   for (; d + V * kLanes <= chunk.size; d += V * kLanes)
     add_values<S, R, V>(score, block, d, chunk.size, sum + d, chunk.wide);
+  if constexpr (V > 2)
+    for (; d + 2 * kLanes <= chunk.size; d += 2 * kLanes)
+      add_values<S, R, 2>(score, block, d, chunk.size, sum + d, chunk.wide);
   for (; d < chunk.size; d += kLanes) add_values<S, R, 1>(score, block, d, chunk.size, sum + d, chunk.wide);
 }
 
@@ -148,11 +170,14 @@ ENGINE_INLINE void start_head(const Attention& job, const Heads& heads, int64_t 
 
 // One row's heads [head0, head1) over its keys from `from` on, the start of a block.
 template <typename S>
-ENGINE_INLINE void row_over_blocks(const Attention& job, const Heads& heads, const int32_t* numbers, int64_t from,
+ENGINE_INLINE void row_over_blocks(const Attention& job, const Heads& heads, const Keys& keys, int64_t from,
                                    int64_t visible, int64_t head0, int64_t head1, const States& states, float* score) {
   const int64_t region = page_head_bytes(heads.size, sizeof(S) == 2), pages = (visible + kPage - 1) / kPage;
-  const auto place = [&](const void* base, int64_t page, int64_t h) {  // the last page again where there is no next
-    const int64_t number = numbers[page < pages ? page : pages - 1];
+  const auto place = [&](const void* base, int64_t page, int64_t h) {  // behind the last page: what is read next
+    const int64_t behind = page - (pages + kBlockPages - 1) / kBlockPages * kBlockPages;
+    const int64_t number = page < pages                               ? keys.pages[page]
+                           : behind >= 0 && behind < keys.then_pages ? keys.then[behind]
+                                                                     : keys.pages[pages - 1];
     return static_cast<const char*>(base) + (number * heads.key_heads + h) * region;
   };
   for (int64_t i = from / kPage; i < from / kPage + kBlockPages && i < pages; ++i)
@@ -173,11 +198,11 @@ ENGINE_INLINE void row_over_blocks(const Attention& job, const Heads& heads, con
 }
 
 template <typename T, typename S>
-ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const int32_t* pages, int64_t token,
-                           int64_t visible, int64_t head0, int64_t head1, float* scratch) {
+ENGINE_INLINE void run_row(const Attention& job, const Heads& heads, const Keys& keys, int64_t token, int64_t visible,
+                           int64_t head0, int64_t head1, float* scratch) {
   const States states(heads, head0, scratch + kMaxTile * kKeyBlock);
   for (int64_t h = head0; h < head1; ++h) start_head<T>(job, heads, token, h, states.of(h));
-  row_over_blocks<S>(job, heads, pages, 0, visible, head0, head1, states, scratch);
+  row_over_blocks<S>(job, heads, keys, 0, visible, head0, head1, states, scratch);
   for (int64_t h = head0; h < head1; ++h) finish_chunk<T>(job, heads, {token, 1, visible}, h, states.of(h));
 }
 
@@ -185,8 +210,8 @@ template <typename T, typename S>
 ENGINE_INLINE void run_group(const Attention& job, const Heads& heads, const RowGroup& group, int64_t h,
                              float* scratch) {
   const int64_t each = heads.group(), wide = padded(heads.size);
-  const Keys keys{sizeof(S) == 2, 0, 0, 0, group.pages};
-  const Chunk shared = rows_over_first_keys<T, S>(job, heads, keys, {group.token, group.rows, group.shared}, h,
+  const Keys common{sizeof(S) == 2, 0, 0, 0, group.pages};
+  const Chunk shared = rows_over_first_keys<T, S>(job, heads, common, {group.token, group.rows, group.shared}, h,
                                                   group.shared, scratch);
   float* const score = scratch + attention_scratch(heads);
   const States states(heads, h, score + kMaxTile * kKeyBlock);
@@ -199,8 +224,8 @@ ENGINE_INLINE void run_group(const Attention& job, const Heads& heads, const Row
     for (int64_t j = 0; j < each * kLanes; j += kLanes)
       store(own.weight + j, load(shared.weight + i * each * kLanes + j));
     for (int64_t r = 0; r < each; ++r) own.most[r] = shared.most[i * each + r];
-    const int32_t* const pages = group.pages + i * group.most_pages;
-    row_over_blocks<S>(job, heads, pages, group.shared, visible, h, h + 1, states, score);
+    const Keys keys{sizeof(S) == 2, 0, 0, 0, group.pages + i * group.most_pages};
+    row_over_blocks<S>(job, heads, keys, group.shared, visible, h, h + 1, states, score);
     finish_chunk<T>(job, heads, {token, 1, visible}, h, own);
   }
 }
@@ -216,7 +241,7 @@ void attention_decode_row(const Attention& job, const Heads& heads, const Keys& 
   with_type(heads.bf16, [&]<typename T>(T*) {
     with_type(keys.bf16, [&]<typename S>(S*) {
       if constexpr (sizeof(S) <= sizeof(T))
-        run_row<T, S>(job, heads, keys.pages, token, visible, head0, head1, scratch);
+        run_row<T, S>(job, heads, keys, token, visible, head0, head1, scratch);
     });
   });
 }

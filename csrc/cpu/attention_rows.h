@@ -48,7 +48,9 @@ struct Run {
 struct Keys {
   bool bf16;
   int64_t prefix_begin, prefix_length, own_begin;
-  const int32_t* pages;  // page numbers of this row, or null
+  const int32_t* pages;           // page numbers of this row, or null
+  const int32_t* then = nullptr;  // of what the thread reads next, to be fetched
+  int64_t then_pages = 0;
   ENGINE_EVERYWHERE Run run(int64_t position) const {
     if (position < prefix_length) return {prefix_begin + position, prefix_length - position};
     return {own_begin + position - prefix_length, INT64_MAX / 2};  // as far as the row sees

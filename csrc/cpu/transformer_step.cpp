@@ -33,9 +33,11 @@ class Step {
     up_ = plain(rows_, net_.inner);
     if (net_.gated) gate_ = plain(rows_, net_.inner);
     share_attention();
-    const auto cut = [&](std::vector<int64_t> columns) { return cut_products(rows_, columns, net_.arithmetic); };
-    cut_qkv_ = cut({heads, keys, keys}), cut_o_ = cut({net_.hidden}), cut_inner_ = cut({net_.inner});
-    cut_down_ = cut({net_.hidden});
+    const auto cut = [&](int64_t depth, std::vector<int64_t> columns) {
+      return cut_products(rows_, depth, columns, net_.arithmetic);
+    };
+    cut_qkv_ = cut(net_.hidden, {heads, keys, keys}), cut_o_ = cut(heads, {net_.hidden});
+    cut_inner_ = cut(net_.hidden, {net_.inner}), cut_down_ = cut(net_.inner, {net_.hidden});
     scratch_ = floats(at::get_num_threads(), (attention_decode_scratch(net_.heads()) + 15) / 16 * 16);
   }
 
@@ -263,10 +265,16 @@ class Step {
     const Attention job{query_.data, layer.keys, layer.values, attended_.data, nullptr};
     const Heads shape = net_.heads();
     float* scratch = reinterpret_cast<float*>(scratch_.at(team.thread()));
-    team.each(static_cast<int64_t>(attention_.size()), [&](int64_t i) {
+    const int64_t count = static_cast<int64_t>(attention_.size());
+    team.each(count, [&](int64_t i) {
       const AttentionTask& task = attention_[i];
       const RowGroup& group = task.decoding;
-      const Keys keys{net_.pages_bf16, 0, 0, 0, seq_.pages(task.sequence)};
+      Keys keys{net_.pages_bf16, 0, 0, 0, seq_.pages(task.sequence)};
+      if (i + 1 < count && attention_[i + 1].decoding.rows == 1) {
+        const AttentionTask& next = attention_[i + 1];
+        keys.then = seq_.pages(next.sequence);
+        keys.then_pages = next.decoding.position[0] / kPage + 1;
+      }
       if (group.rows == 0) {
         pick_attention_rows()(job, shape, keys, task.rows, task.head0, scratch);
         return;
