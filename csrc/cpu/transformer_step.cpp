@@ -10,75 +10,43 @@
 
 #include "attention_host.h"
 #include "logprob_at.h"
-#include "row_kernels.h"
 #include "team.h"
 #include "transformer_step.h"
+#include "transformer_step_inner.h"
 #include "transformer_step_products.h"
 
 namespace engine {
 namespace {
 
-constexpr int64_t kRowsPerTask = 4, kBlocksPerTask = 2;
+constexpr int64_t kBlocksPerTask = 2;
 
-// What a step reads and writes, and the phases that every thread goes through.
+// What a step reads and writes, and the phases that every thread goes through. Of prompts only the last rows go on behind
+// the last layer's attention.
 class Step {
  public:
   Step(const Network& network, const Sequences& sequences)
-      : net_(network), seq_(sequences), rows_(sequences.rows()), bf16_(network.bf16) {
-    const int64_t heads = net_.query_heads * net_.head_size, keys = net_.key_heads * net_.head_size;
-    residual_ = floats(rows_, net_.hidden), addend_ = floats(rows_, net_.hidden);
-    normed_ = operand(rows_, net_.hidden), inner_ = operand(rows_, net_.inner), mixed_ = operand(rows_, heads);
-    query_ = plain(rows_, heads), key_ = plain(rows_, keys), value_ = plain(rows_, keys);
-    attended_ = plain(rows_, heads);
-    up_ = plain(rows_, net_.inner);
-    if (net_.gated) gate_ = plain(rows_, net_.inner);
+      : net_(network), seq_(sequences), rows_(sequences.rows()), bf16_(network.bf16),
+        prompts_(sequences.rows() > sequences.count), all_(network, rows_), last_(network, prompts_ ? seq_.count : 0),
+        query_(plain(net_.query_heads)), key_(plain(net_.key_heads)), value_(plain(net_.key_heads)),
+        qkv_(rows_, net_.hidden, {query_.width, key_.width, key_.width}, net_.arithmetic),
+        scratch_(InnerRows::floats(at::get_num_threads(), (attention_decode_scratch(net_.heads()) + 15) / 16 * 16)) {
     share_attention();
-    const auto cut = [&](int64_t depth, std::vector<int64_t> columns) {
-      return cut_products(rows_, depth, columns, net_.arithmetic);
-    };
-    cut_qkv_ = cut(net_.hidden, {heads, keys, keys}), cut_o_ = cut(heads, {net_.hidden});
-    cut_inner_ = cut(net_.hidden, {net_.inner}), cut_down_ = cut(net_.inner, {net_.hidden});
-    scratch_ = floats(at::get_num_threads(), (attention_decode_scratch(net_.heads()) + 15) / 16 * 16);
   }
 
-  // The rows through all layers; `last` gets the final norm of each sequence's last row.
-  void run(Team::Member& team, const Activation& last, Watch& watch) {
+  // The rows through all layers; `out` gets the final norm of each sequence's last row.
+  void run(Team::Member& team, const Activation& out, Watch& watch) {
     embed(team);
-    for (size_t i = 0; i < net_.layers.size(); ++i) {
-      const Layer& layer = net_.layers[i];
-      const bool is_last = i + 1 == net_.layers.size();
-      rows(team, [&](int64_t r) {
-        if (i > 0) add_to_residual(r);
-        norm(layer.input, residual_.at(r), normed_.at(r));
-      });
-      watch.mark(kRows);
-      products(team, cut_qkv_, normed_, {{&layer.q, &query_}, {&layer.k, &key_}, {&layer.v, &value_}},
-               first_of_share(team, cut_o_, layer.o));
-      watch.mark(kProducts);
-      attend(team, layer);
-      watch.mark(kAttention);
-      const bool in_place = readable(attended_);
-      if (!in_place) rows(team, [&](int64_t r) { std::memcpy(mixed_.at(r), attended_.at(r), attended_.bytes()); });
-      watch.mark(kRows);
-      products(team, cut_o_, in_place ? attended_ : mixed_, {{&layer.o, &addend_}},
-               first_of_share(team, cut_inner_, net_.gated ? layer.gate : layer.up));
-      watch.mark(kProducts);
-      rows(team, [&](int64_t r) {
-        if (!net_.parallel_residual) add_to_residual(r);
-        norm(layer.inner, residual_.at(r), normed_.at(r));
-        if (net_.parallel_residual) add_to_residual(r);
-      });
-      watch.mark(kRows);
-      inner_products(team, layer);
-      watch.mark(kProducts);
-      products(team, cut_down_, inner_, {{&layer.down, &addend_}},
-               is_last ? static_cast<const char*>(net_.head.data) : first_of_layer(team, net_.layers[i + 1]));
-      watch.mark(kProducts);
+    const int64_t layers = static_cast<int64_t>(net_.layers.size());
+    for (int64_t i = 0; i + 1 < layers; ++i) {
+      attend(team, i, all_, attention_, watch);
+      all_.run(team, net_.layers[i], first_of_layer(team, net_.layers[i + 1]), watch);
     }
+    const InnerRows& last = prompts_ ? last_ : all_;
+    attend(team, layers - 1, last, prompts_ ? last_attention_ : attention_, watch);
+    last.run(team, net_.layers.back(), static_cast<const char*>(net_.head.data), watch);
     team.each(seq_.count, [&](int64_t s) {
-      const int64_t r = seq_.begin(s + 1) - 1;
-      add_to_residual(r);
-      norm(net_.last, residual_.at(r), last.at(s));
+      last.add_to_residual(s);
+      norm_row(net_, net_.last, last.residual.at(s), out.at(s));
     });
     watch.mark(kRows);
   }
@@ -113,50 +81,17 @@ class Step {
                                : rows.tokens * (rows.visible + rows.tokens / 2);
     }
   };
-  struct Target {
-    const Linear* weight;
-    const Activation* out;
-  };
-
-  Activation plain(int64_t rows, int64_t width) const { return Activation(rows, width, width, bf16_); }
-  Activation operand(int64_t rows, int64_t width) const { return operand_rows(rows, width, bf16_, net_.arithmetic); }
-  static Activation floats(int64_t rows, int64_t width) { return Activation(rows, width, width, false); }
-
-  // Rows that lie as they come can be read by tiles if they are whole steps of the depth, and not all in one cache set.
-  bool readable(const Activation& a) const {
-    return net_.arithmetic != Arithmetic::tiles || (a.width % 32 == 0 && a.stride % 2048 != 0);
-  }
-
-  template <typename Run>
-  void rows(Team::Member& team, Run run) const {
-    team.each((rows_ + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t i) {
-      for (int64_t r = i * kRowsPerTask; r < std::min((i + 1) * kRowsPerTask, rows_); ++r) run(r);
-    });
-  }
+  Activation plain(int64_t heads) const { return InnerRows::plain(net_, rows_, heads * net_.head_size); }
 
   void embed(Team::Member& team) const {
-    rows(team, [&](int64_t r) {
-      float* x = reinterpret_cast<float*>(residual_.at(r));
+    each_row(team, rows_, [&](int64_t r) {
+      float* x = reinterpret_cast<float*>(all_.residual.at(r));
       const Table tokens{&net_.tokens};
       tokens.each(seq_.token[r], [&](int64_t i, float value) { x[i] = value; });
       if (!net_.positions) return;
       const Table positions{&*net_.positions};
       positions.each(seq_.position[r], [&](int64_t i, float value) { x[i] += value; });
     });
-  }
-
-  void add_to_residual(int64_t r) const {
-    float* x = reinterpret_cast<float*>(residual_.at(r));
-    const float* more = reinterpret_cast<const float*>(addend_.at(r));
-    for (int64_t i = 0; i < net_.hidden; ++i) x[i] += more[i];
-  }
-
-  void norm(const Norm& norm, const void* x, void* out) const {
-    float mean, rstd;
-    if (net_.rms)
-      pick_rmsnorm_rows()(x, false, norm.weight, 1, net_.hidden, net_.eps, out, bf16_, &rstd);
-    else
-      pick_layernorm_rows()(x, false, norm.weight, norm.bias, 1, net_.hidden, net_.eps, out, bf16_, &mean, &rstd);
   }
 
   // Decoding rows that share keys are a task a head, another's heads are one task, or one each where there are few rows;
@@ -175,66 +110,26 @@ class Step {
       const int64_t r = seq_.begin(s);
       const RowGroup group = first_group({r, end - s, 0, seq_.position + r, seq_.pages(s), seq_.most_pages}, most);
       const int64_t each = group.rows > 1 ? 1 : heads;
-      for (int64_t h = 0; h < net_.key_heads; h += each) attention_.push_back({s, h, h + each, group, {}});
+      for (int64_t h = 0; h < net_.key_heads; h += each)
+        for (auto* tasks : {&attention_, &last_attention_}) tasks->push_back({s, h, h + each, group, {}});
       s += group.rows;
     }
-    std::stable_sort(attention_.begin(), attention_.end(),
-                     [](const AttentionTask& a, const AttentionTask& b) { return a.work() > b.work(); });
+    for (auto* tasks : {&attention_, &last_attention_})
+      std::stable_sort(tasks->begin(), tasks->end(),
+                       [](const AttentionTask& a, const AttentionTask& b) { return a.work() > b.work(); });
   }
 
   void share_prompt(int64_t s, const Heads& shape) {
-    prompts_ = true;
-    for (int64_t h = 0; h < net_.key_heads; ++h)
-      for (int64_t t = 0; t < seq_.new_rows(s); t += shape.chunk_tokens()) {
-        const int64_t tokens = std::min(shape.chunk_tokens(), seq_.new_rows(s) - t);
-        attention_.push_back({s, h, h + 1, {}, Rows{seq_.begin(s) + t, tokens, seq_.start(s) + t + 1}});
-      }
+    const int64_t length = seq_.new_rows(s), begin = seq_.begin(s), visible = seq_.start(s) + 1;
+    for (int64_t h = 0; h < net_.key_heads; ++h) {
+      for (int64_t t = 0; t < length; t += shape.chunk_tokens())
+        attention_.push_back({s, h, h + 1, {}, {begin + t, std::min(shape.chunk_tokens(), length - t), visible + t}});
+      last_attention_.push_back({s, h, h + 1, {}, {begin + length - 1, 1, visible + length - 1}});
+    }
   }
 
-  void run_product(const Activation& from, const Target& to, Part part, const char* then) const {
-    part.then = then;
-    pick_product()(from.left(rows_, net_.arithmetic), to.weight->right, to.weight->depth, part,
-                   {to.out->data, to.out->bf16, to.out->stride, false, to.weight->bias});
-  }
-
-  static const char* panels_at(const Linear& weight, int64_t column) {
-    return static_cast<const char*>(weight.right.data) + column / pick_panel_columns()() * weight.right.panel_bytes;
-  }
-
-  // What this thread reads first of a phase, to be fetched at the end of the phase before.
-  static const char* first_of_share(const Team::Member& team, const std::vector<ProductTask>& tasks,
-                                    const Linear& weight) {
-    const int64_t count = static_cast<int64_t>(tasks.size()), first = team.start_of_share(count);
-    return first < count ? panels_at(weight, tasks[first].part.col0) : nullptr;
-  }
   const char* first_of_layer(const Team::Member& team, const Layer& layer) const {
-    const int64_t count = static_cast<int64_t>(cut_qkv_.size()), first = team.start_of_share(count);
-    if (first >= count) return nullptr;
-    const Linear* const weights[] = {&layer.q, &layer.k, &layer.v};
-    return panels_at(*weights[cut_qkv_[first].weight], cut_qkv_[first].part.col0);
-  }
-
-  void products(Team::Member& team, const std::vector<ProductTask>& tasks, const Activation& from,
-                std::initializer_list<Target> targets, const char* then) const {
-    const int64_t count = static_cast<int64_t>(tasks.size()), end = team.end_of_share(count);
-    team.each(count, [&](int64_t i) {
-      const auto start = [&](const ProductTask& t) { return panels_at(*targets.begin()[t.weight].weight, t.part.col0); };
-      run_product(from, targets.begin()[tasks[i].weight], tasks[i].part, i + 1 == end || i + 1 == count ? then : start(tasks[i + 1]));
-    });
-  }
-
-  // gate and up, and their activation while they are in the cache.
-  void inner_products(Team::Member& team, const Layer& layer) const {
-    const int64_t count = static_cast<int64_t>(cut_inner_.size()), end = team.end_of_share(count);
-    const Linear& first = net_.gated ? layer.gate : layer.up;
-    team.each(count, [&](int64_t i) {
-      const Part& part = cut_inner_[i].part;
-      if (net_.gated) run_product(normed_, {&layer.gate, &gate_}, part, panels_at(layer.up, part.col0));
-      run_product(normed_, {&layer.up, &up_}, part,
-                  i + 1 == end || i + 1 == count ? first_of_share(team, cut_down_, layer.down)
-                                                 : panels_at(first, cut_inner_[i + 1].part.col0));
-      for (int64_t r = part.row0; r < part.row1; ++r) activate(r, part.col0, part.col1 - part.col0);
-    });
+    return first_of_share(team, qkv_.tasks, {&layer.q, &layer.k, &layer.v});
   }
 
   // Queries and keys of some key heads of a row are rotated; keys and values go into their page.
@@ -257,21 +152,42 @@ class Step {
                                 static_cast<char*>(layer.keys) + place, static_cast<char*>(layer.values) + place);
   }
 
-  void attend(Team::Member& team, const Layer& layer) const {
+  // The rows of layer `index` up to their attention, which `to` goes on from.
+  void attend(Team::Member& team, int64_t index, const InnerRows& to, const std::vector<AttentionTask>& tasks,
+              Watch& watch) const {
+    const Layer& layer = net_.layers[index];
+    each_row(team, rows_, [&](int64_t r) {
+      if (index > 0) all_.add_to_residual(r);
+      norm_row(net_, layer.input, all_.residual.at(r), all_.normed.at(r));
+    });
+    watch.mark(kRows);
+    qkv_.run(team, all_.normed, {{&layer.q, &query_}, {&layer.k, &key_}, {&layer.v, &value_}}, to.first(team, layer));
+    watch.mark(kProducts);
     if (prompts_)  // a row of a prompt sees rows that other tasks rotate
-      rows(team, [&](int64_t r) {
+      each_row(team, rows_, [&](int64_t r) {
         if (seq_.new_rows(seq_.owner[r]) > 1) rotate_and_store(layer, r, 0, net_.key_heads);
       });
-    const Attention job{query_.data, layer.keys, layer.values, attended_.data, nullptr};
+    run_attention(team, layer, tasks);
+    if (&to != &all_)
+      team.each(seq_.count, [&](int64_t s) {
+        const int64_t r = seq_.begin(s + 1) - 1;
+        std::memcpy(to.residual.at(s), all_.residual.at(r), to.residual.bytes());
+        std::memcpy(to.attended.at(s), all_.attended.at(r), to.attended.bytes());
+      });
+    watch.mark(kAttention);
+  }
+
+  void run_attention(Team::Member& team, const Layer& layer, const std::vector<AttentionTask>& tasks) const {
+    const Attention job{query_.data, layer.keys, layer.values, all_.attended.data, nullptr};
     const Heads shape = net_.heads();
     float* scratch = reinterpret_cast<float*>(scratch_.at(team.thread()));
-    const int64_t count = static_cast<int64_t>(attention_.size());
+    const int64_t count = static_cast<int64_t>(tasks.size());
     team.each(count, [&](int64_t i) {
-      const AttentionTask& task = attention_[i];
+      const AttentionTask& task = tasks[i];
       const RowGroup& group = task.decoding;
       Keys keys{net_.pages_bf16, 0, 0, 0, seq_.pages(task.sequence)};
-      if (i + 1 < count && attention_[i + 1].decoding.rows == 1) {
-        const AttentionTask& next = attention_[i + 1];
+      if (i + 1 < count && tasks[i + 1].decoding.rows == 1) {
+        const AttentionTask& next = tasks[i + 1];
         keys.then = seq_.pages(next.sequence);
         keys.then_pages = next.decoding.position[0] / kPage + 1;
       }
@@ -288,21 +204,15 @@ class Step {
     });
   }
 
-  void activate(int64_t r, int64_t first, int64_t count) const {
-    if (net_.gated)
-      pick_swiglu_elements()(gate_.at(r, first), up_.at(r, first), count, bf16_, inner_.at(r, first));
-    else
-      pick_gelu_elements()(up_.at(r, first), count, bf16_, net_.gelu_tanh, inner_.at(r, first));
-  }
-
   const Network& net_;
   const Sequences& seq_;
-  int64_t rows_;
-  bool bf16_;
-  Activation residual_, addend_, normed_, inner_, mixed_, query_, key_, value_, attended_, up_, gate_, scratch_;
-  bool prompts_ = false;
-  std::vector<AttentionTask> attention_;
-  std::vector<ProductTask> cut_qkv_, cut_o_, cut_inner_, cut_down_;
+  const int64_t rows_;
+  const bool bf16_, prompts_;
+  const InnerRows all_, last_;
+  const Activation query_, key_, value_;
+  const Products qkv_;
+  const Activation scratch_;
+  std::vector<AttentionTask> attention_, last_attention_;
 };
 
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
