@@ -244,7 +244,7 @@ Four step_of(const Network& net, const Sequences& sequences, const std::optional
     });
   for (int64_t r = 0; r < drawn; ++r)
     TORCH_CHECK_VALUE(results.token[r] >= 0, "row ", r, ": its logits are all -inf or hold nan, want a distribution");
-  return {last.tensor(count).clone(), token, logprob, entropy};
+  return {last.copy(count), token, logprob, entropy};
 }
 
 using Tensors = c10::List<at::Tensor>;

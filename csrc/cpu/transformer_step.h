@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <vector>
 
 #include "attention_host.h"
@@ -38,7 +39,11 @@ struct Activation {
     if (arithmetic != Arithmetic::tiles) return {data, stride, 1, stride, rows, nullptr, 0};
     return {data, stride, 32, stride, (rows + 15) / 16 * 16, nullptr, 0};
   }
-  at::Tensor tensor(int64_t rows) const { return memory.narrow(0, 0, rows).narrow(1, 0, width); }
+  at::Tensor copy(int64_t rows) const {  // not by torch's copy_, whose code a step has driven from the caches
+    at::Tensor out = at::empty({rows, width}, memory.options());
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(static_cast<char*>(out.data_ptr()) + r * bytes(), at(r), bytes());
+    return out;
+  }
 };
 
 // Rows that a product reads: for tiles, whole steps of the depth, and not all rows in one set of the cache.

@@ -141,7 +141,7 @@ class _Run:
         self._steps, self._cache, self._scheduler = steps, cache, scheduler
         self._settings, self._eos_ids, self._seed = settings, eos_ids, seed
         self._running: list[_Sequence] = []
-        self._table = torch.empty(0, 0, dtype=torch.int32)  # (R, pages) of the running ones
+        self._rows: Rows | None = None  # of the running ones, while they stay the same
         self._prompt_rows: dict[int, Tensor] = {}  # request -> (H,), until its last sample starts
         self.ended: list[_Sequence] = []
 
@@ -174,17 +174,29 @@ class _Run:
                 del self._prompt_rows[start.request]
         self._append(started, self._steps.draw(hidden, self._uniform(started)))
         self._running += started
+        self._rows = None
         self._drop_ended()
 
     def step(self) -> None:
         """One decode step of all running sequences."""
         if not self._running:
             return
-        positions = torch.tensor([s.prompt_length + len(s.tokens) - 1 for s in self._running])
-        tokens = torch.tensor([s.tokens[-1] for s in self._running])
-        rows = Rows(tokens, positions, self._table)
-        self._append(self._running, self._steps.decode(rows, self._uniform(self._running)))
+        rows = self._rows_of_running() if self._rows is None else self._rows
+        drawn = self._steps.decode(rows, self._uniform(self._running))
+        self._append(self._running, drawn)
+        self._rows = Rows(drawn.tokens, rows.positions + 1, rows.page_table)
         self._drop_ended()
+
+    def _rows_of_running(self) -> Rows:
+        """From Python's lists; as long as nobody starts or ends, a step's rows follow from the step before."""
+        running = self._running
+        width = max(len(s.start.pages) for s in running)
+        table = [[*s.start.pages, *[0] * (width - len(s.start.pages))] for s in running]
+        return Rows(
+            torch.tensor([s.tokens[-1] for s in running]),
+            torch.tensor([s.prompt_length + len(s.tokens) - 1 for s in running]),
+            torch.tensor(table, dtype=torch.int32),
+        )
 
     def _uniform(self, sequences: list[_Sequence]) -> Tensor:  # (R,) float64
         """The random number that each sequence's next token is drawn by."""
@@ -200,7 +212,7 @@ class _Run:
             sequence.entropies.append(entropy)
 
     def _drop_ended(self) -> None:
-        """Ended sequences leave the batch and give their pages back; the page table follows."""
+        """Ended sequences leave the batch and give their pages back."""
         running = []
         for sequence in self._running:
             full = len(sequence.tokens) == self._settings.max_new_tokens
@@ -209,11 +221,8 @@ class _Run:
                 self.ended.append(sequence)
             else:
                 running.append(sequence)
-        if not len(running) == len(self._running) == len(self._table):  # some ended or started
-            width = max((len(s.start.pages) for s in running), default=0)
-            table = [[*s.start.pages, *[0] * (width - len(s.start.pages))] for s in running]
-            self._table = torch.tensor(table, dtype=torch.int32)
-        self._running = running
+        if len(running) < len(self._running):
+            self._running, self._rows = running, None
 
 
 def _checked_episodes(count: int, n: int, episode_ids: Sequence[int] | None) -> Sequence[int]:

@@ -119,6 +119,7 @@ class KernelSteps(DefinedSteps):
     def __init__(self, model: Model, cache: PageCache, settings: Sampling, longest: int) -> None:
         super().__init__(model, cache, settings)
         self._step = TransformerStep(step_network(model, longest), cache.keys, cache.values)
+        self._one_each = torch.zeros(1, dtype=torch.int32)  # offsets of one new row a sequence
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
@@ -140,10 +141,12 @@ class KernelSteps(DefinedSteps):
 
     def decode(self, rows: Rows, uniform: Tensor) -> Drawn:
         filters = self._settings.filters
+        if len(self._one_each) != len(rows.tokens) + 1:
+            self._one_each = torch.arange(len(rows.tokens) + 1, dtype=torch.int32)
         hidden, *drawn = self._step(
             rows.tokens,
             rows.positions,
-            torch.arange(len(rows.tokens) + 1, dtype=torch.int32),
+            self._one_each,
             rows.page_table,
             None if filters else uniform,
             self._settings.temperature,
