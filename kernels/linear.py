@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._backend import choose, cpu_class, define, kernels_usable
+from ._memory import Slabs
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
 _PANEL = {"amx": 32, "avx512": 32, "avx2": 16}  # columns, other classes 8: csrc/cpu/gemm.h
@@ -47,9 +48,11 @@ class PackedWeight:
 def pack_weight(
     master: Tensor,  # (N, K)
     dtype: torch.dtype,
+    slabs: Slabs | None = None,
 ) -> PackedWeight:
     """The compute copy of a weight: rounded to nearest even in `dtype`, and packed for this CPU.
 
+    `slabs`: where a model's weights are kept side by side (None: memory of its own).
     Where `master` already has `dtype`, `dense` shares its memory: pack again after a change.
     """
     if master.dim() != 2:
@@ -57,7 +60,8 @@ def pack_weight(
     dense = master.detach().to(dtype).contiguous()
     if dtype not in PACKED_DTYPES or dense.device.type != "cpu" or not kernels_usable():
         return PackedWeight(dense, None, "reference")
-    return PackedWeight(dense, torch.ops.engine.pack_weight(dense), cpu_class())
+    data = torch.ops.engine.pack_weight(dense)
+    return PackedWeight(dense, data if slabs is None else slabs.keep(data), cpu_class())
 
 
 def refresh_weight(

@@ -9,11 +9,13 @@ business.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from engine.kernels._memory import zeros_in_large_pages
 from engine.kernels.attention_decode import PAGE, page_shapes, write_pages
 
 
@@ -23,7 +25,7 @@ def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) ->
 
 
 class PageCache:
-    """``keys[layer]``, ``values[layer]``: pages as ``attention_decode`` reads them.
+    """``keys[layer]``, ``values[layer]``: pages as ``attention_decode`` reads them, in one piece of memory.
 
     Zero-filled, since rows behind a sequence's end take part in blocked products with weight 0, and
     0 * nan is nan.
@@ -39,13 +41,15 @@ class PageCache:
         device: torch.device | str = "cpu",
     ) -> None:
         of_keys, of_values = page_shapes(kv_heads, head_dim, dtype)
-
-        def pages(shape: list[int]) -> list[Tensor]:
-            return [
-                torch.zeros(num_pages, *shape, dtype=dtype, device=device) for _ in range(layers)
-            ]
-
-        self.keys, self.values = pages(of_keys), pages(of_values)
+        shape = (2, layers, num_pages * math.prod(of_keys))
+        on_cpu = torch.device(device).type == "cpu"
+        whole = (
+            zeros_in_large_pages(shape, dtype)
+            if on_cpu
+            else torch.zeros(shape, dtype=dtype, device=device)
+        )
+        self.keys = [pages.view(num_pages, *of_keys) for pages in whole[0]]
+        self.values = [pages.view(num_pages, *of_values) for pages in whole[1]]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put ``k``, ``v`` (N, Hk, D) at ``slots`` (N,) int64 of the flat cache."""

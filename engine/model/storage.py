@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from engine.errors import ModelError
+from engine.kernels._memory import Slabs
 from engine.kernels.linear import PackedWeight, linear, pack_weight, refresh_weight
 
 from .names import Spec
@@ -50,6 +51,7 @@ class Weights:
         self.version = 0
         self.masters: dict[str, Parameter] = {}
         self._packed: dict[str, PackedWeight] = {}
+        self._slabs = Slabs()
         self._plain: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
         for name in self.specs:
@@ -182,7 +184,7 @@ class Weights:
     def _copy(self, name: str, source: Tensor) -> None:
         kind, kept = self.specs[name].kind, self._storage_dtype(name)
         if kind in ("matrix", "score"):
-            self._packed[name] = pack_weight(source, kept)
+            self._packed[name] = pack_weight(source, kept, self._slabs)
         elif kind == "table":
             self._plain[name] = source.to(kept)
         else:
