@@ -24,6 +24,7 @@ from engine.generate.generator import generate
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Limits
 from engine.generate.steps import KernelSteps, Rows
+from engine.kernels._memory import Slabs
 from engine.kernels.attention_decode import PAGE
 from engine.kernels.linear import PackedWeight, linear, pack_weight
 from engine.kernels.transformer_step import PHASES, Network, TransformerStep
@@ -103,9 +104,10 @@ def stacked_products(model: Model, rows: int) -> Callable[[], object]:
     dense = [model.weights.packed(n).dense for n in names]
     width = max(OUTPUT_BYTES // (rows * model.act_dtype.itemsize) // 64 * 64, 64)
     weights: list[PackedWeight] = []
+    slabs = Slabs()  # in large pages, as the step's
     for depth in sorted({d.shape[1] for d in dense}):
         whole = torch.cat([d for d in dense if d.shape[1] == depth])
-        weights += [pack_weight(part, model.dtype) for part in whole.split(width)]
+        weights += [pack_weight(part, model.dtype, slabs) for part in whole.split(width)]
     inputs = {w.cols: torch.randn(rows, w.cols).to(model.act_dtype) for w in weights}
 
     def run() -> None:

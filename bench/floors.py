@@ -17,9 +17,13 @@ from engine.model.transformer import Model
 VOCABULARY_BLOCK = 256  # columns whose logits are made again for a draw: csrc/cpu/logprob.h
 
 
-def floor(limits: dict[str, Any], size: float, flop: float) -> float:
-    """Seconds; `size` in bytes, read once. Both kinds of work may overlap, so the larger one counts."""
-    return max(size / machine.read_rate(limits, size), flop / machine.product_rate(limits))
+def floor(limits: dict[str, Any], size: float, flop: float, among: float | None = None) -> float:
+    """Seconds; `size` in bytes, read once. Both kinds of work may overlap, so the larger one counts.
+
+    `among`: bytes of all that is read in turns with these, which decide where they come from (None: nothing else).
+    """
+    rate = machine.read_rate(limits, size if among is None else among)
+    return max(size / rate, flop / machine.product_rate(limits))
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,13 @@ def phase_floors(
     layer, head = sizes.layer_elements, sizes.head_elements
     block = rows * VOCABULARY_BLOCK * sizes.hidden  # each row draws from a block of its own
     keys = sizes.cache_bytes(rows, context), sizes.attention_flop(rows, context)
+    step = (layer + head) * sizes.weight_bytes + keys[0]
     return {
         "norms and gates": sizes.layers * floor(limits, sizes.between_bytes(rows), 0),
-        "products": floor(limits, layer * sizes.weight_bytes, 2 * layer * rows),
-        "attention": floor(limits, *keys),
-        "head": floor(limits, head * sizes.weight_bytes, 2 * head * rows),
-        "sampling": floor(limits, block * sizes.weight_bytes, 2 * block),
+        "products": floor(limits, layer * sizes.weight_bytes, 2 * layer * rows, step),
+        "attention": floor(limits, *keys, step),
+        "head": floor(limits, head * sizes.weight_bytes, 2 * head * rows, step),
+        "sampling": floor(limits, block * sizes.weight_bytes, 2 * block, step),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import signal
@@ -71,10 +72,15 @@ def test_sizes_by_hand():
 def test_floors_by_hand():
     assert floors.floor(LIMITS, 80, 1) == pytest.approx(1e-9)  # 80 bytes at 80 GB/s
     assert floors.floor(LIMITS, 80, 1000) == pytest.approx(1e-8)  # 1000 FLOP at 100 GFLOP/s
+    assert floors.floor(LIMITS, 80, 1, 2 << 30) == pytest.approx(80 / 20e9)  # among much else
     by_phase = floors.phase_floors(LIMITS, SIZES, 4, 16)
     assert set(by_phase) == set(PHASES)
     assert by_phase["head"] == pytest.approx(2 * 3200 * 4 / 100e9)
     assert by_phase["products"] == pytest.approx(2 * SIZES.layer_elements * 4 / 100e9)
+    wide = dataclasses.replace(SIZES, vocabulary=1 << 26)  # 4 GiB of head drive all else from the cache
+    assert floors.phase_floors(LIMITS, wide, 1, 16)["attention"] == pytest.approx(
+        SIZES.cache_bytes(1, 16) / 20e9
+    )
     whole = 2 * (SIZES.layer_elements + 3200) * 4 + SIZES.attention_flop(4, 16)
     assert floors.step_floor(LIMITS, SIZES, 4, 16) == pytest.approx(whole / 100e9)
 
