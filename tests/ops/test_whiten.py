@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_close
 from golden_cases import GROUPS, golden_cases, packed
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.whiten import whiten, whiten_reference
@@ -60,6 +60,7 @@ def test_statistics_over_two_processes(tmp_path):
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
 )
+@example(n=2, shift_mean=True, centre=0.0, scale=1e4, seed=1)
 @given(
     n=st.integers(0, 300),
     shift_mean=st.booleans(),
@@ -77,7 +78,10 @@ def test_any_size_against_float64(cpu_class, n, shift_mean, centre, scale, seed)
     (ours * weights).sum().backward()
     (truth * weights.double()).sum().backward()
     size = float(wide.grad.abs().max()) if n else 0.0
-    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-6 * size)
+    # of two tokens almost nothing is left: terms of this size cancel, in float64
+    terms = float(weights.abs().max() / (wide.detach().var(correction=0) + 1e-8).sqrt()) if n else 0.0
+    atol = 1e-6 * size + 1e-14 * terms
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=atol)
 
 
 def test_mean_and_variance_of_the_result(cpu_class):
