@@ -82,18 +82,9 @@ class HybridEngine:
             ModelError: no such folder, or not a model (with a tokenizer) that this engine runs.
         """
         with ThreadPoolExecutor(1) as beside:  # Python imports for a second while C++ packs weights
-            tokenizer = beside.submit(cls.load_tokenizer, folder)
+            tokenizer = beside.submit(load_tokenizer, folder)
             model = load_policy(folder, dtype=dtype, trainable=trainable)
             return cls(model, tokenizer.result(), limits)
-
-    @staticmethod
-    def load_tokenizer(folder: str | Path) -> Any:
-        """The folder's (or hub id's) tokenizer, a transformers one.
-
-        Raises:
-            ModelError: there is none.
-        """
-        return load_tokenizer(folder)
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -117,8 +117,9 @@ class Network:
 class TransformerStep:
     """A network over a cache, looked at once and stepped often.
 
-    It holds on to the compute copy of one version of the weights, which a refresh rewrites in place, and to the cache:
-    L of k_pages and of v_pages as in attention_decode. Raises ValueError where a tensor does not fit.
+    It holds on to the memory of the compute copy, which a refresh rewrites in place, and of the cache: L of k_pages and
+    of v_pages as in attention_decode. Raises ValueError where a tensor does not fit, and in a call after another class
+    of CPU was chosen.
     """
 
     def __init__(

@@ -62,6 +62,7 @@ def test_table_names_every_op_and_its_backend(monkeypatch):
     assert reason == "written in torch operations"
     if _backend.extension():
         assert rows["kl_reward"] == ["yes", "yes", "yes", "cpp", ""]
+        assert rows["transformer_step"] == ["", "yes", "yes", "cpp", ""]  # a class, not a schema
         with ops.backend("reference"):
             assert table_rows()["kl_reward"][3] == "reference"
             assert "was asked for" in table_rows()["kl_reward"][4]

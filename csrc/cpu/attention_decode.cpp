@@ -63,7 +63,7 @@ ENGINE_INLINE void score_block(const float* query, const BlockOfHead& block, int
                                float* score) {
   int64_t n = 0;
   for (; n + V <= vectors; n += V) {
-    if (V % kPageVectors == 0 || n % kPageVectors == 0)
+    if (n % kPageVectors == 0)
       score_keys<S, R, V>(query, block, n, size, score + n * kLanes);
     else
       score_keys<S, R, V, V % kPageVectors>(query, block, n, size, score + n * kLanes);
@@ -125,7 +125,8 @@ template <typename S, int R>
 static void rows_over_block(const Chunk& chunk, int64_t r, int64_t seen, const BlockOfHead& block, float* score) {
   constexpr int V = vectors_beside(R);
   const int64_t count = padded(block.count);
-  score_block<S, R, V>(chunk.query + r / kTile * chunk.size * kTile + r % kTile, block, count / kLanes, chunk.size, score);
+  const float* query = chunk.query + r / kTile * chunk.size * kTile + r % kTile;
+  score_block<S, R, V>(query, block, count / kLanes, chunk.size, score);
   for (int i = 0; i < R; ++i) soften_row(score + i * kKeyBlock, count, seen, chunk, r + i);
   float* sum = chunk.sum + r * chunk.wide;
   int64_t d = 0;

@@ -255,10 +255,12 @@ class TransformerStep : public torch::CustomClassHolder {
   TransformerStep(const Weights& weights, const std::vector<int64_t>& shape, double eps, const Tensors& keys,
                   const Tensors& values)
       : weights_(weights), keys_(keys.vec()), values_(values.vec()),
-        network_(network_of(weights_, shape, eps, keys_, values_)) {}
+        network_(network_of(weights_, shape, eps, keys_, values_)), class_(current_class()) {}
 
   Four run(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& cu, const at::Tensor& page_table,
            const std::optional<at::Tensor>& uniform, double temperature, const std::optional<at::Tensor>& seconds) {
+    TORCH_CHECK_VALUE(current_class() == class_, "transformer_step: got weights packed for class ", class_name(class_),
+                      ", want ", class_name(current_class()), ", which is in use now; make the step anew");
     const Sequences sequences = sequences_of(tokens, positions, cu, page_table, network_, keys_[0].size(0));
     return step_of(network_, sequences, uniform, temperature, seconds);
   }
@@ -267,6 +269,7 @@ class TransformerStep : public torch::CustomClassHolder {
   const Weights weights_;  // what the network's pointers point to
   const std::vector<at::Tensor> keys_, values_;
   const Network network_;
+  const CpuClass class_;
 };
 
 }  // namespace

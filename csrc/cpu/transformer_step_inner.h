@@ -35,7 +35,8 @@ class InnerRows {
         attended(plain(net, rows, net.query_heads * net.head_size)), rows(rows), net_(net),
         addend_(floats(rows, net.hidden)), up_(plain(net, rows, net.inner)),
         gate_(plain(net, net.gated ? rows : 0, net.inner)), inner_(operand(net, rows, net.inner)),
-        mixed_(operand(net, readable(attended) ? 0 : rows, attended.width)), o_(rows, attended.width, {net.hidden}, net.arithmetic),
+        mixed_(operand(net, readable(attended) ? 0 : rows, attended.width)),
+        o_(rows, attended.width, {net.hidden}, net.arithmetic),
         up_products_(rows, net.hidden, {net.inner}, net.arithmetic),
         down_(rows, net.inner, {net.hidden}, net.arithmetic) {}
 

@@ -79,8 +79,8 @@ class Weights:
         for name, master in self.masters.items():
             if name in self._packed:
                 refresh_weight(self._packed[name], master)
-            else:
-                self._copy(name, master.detach())
+            else:  # in place too: a step holds on to this memory
+                self._plain[name].copy_(master.detach().to(self._storage_dtype(name)))
         self._mark()
         self.version += 1
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from engine import ops
 from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
-from engine.hybrid import HybridEngine
+from engine.data.tokenizer import load_tokenizer
 from engine.model.architectures import read_architecture
 from engine.model.folder import read_json
 from engine.model.names import parameter_specs
@@ -41,7 +41,7 @@ def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
         ("output", config.output_dir),
     ]
     tokenizer, context = (
-        HybridEngine.load_tokenizer(config.model_name_or_path),
+        load_tokenizer(config.model_name_or_path),
         architecture.max_positions,
     )
     if isinstance(config, PPOConfig):

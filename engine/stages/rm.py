@@ -19,7 +19,7 @@ from engine import ops
 from engine.config import RMConfig
 from engine.data.pack import cut_by_tokens, last_rows, pack_groups
 from engine.data.rankings import RankedGroup
-from engine.hybrid import HybridEngine
+from engine.data.tokenizer import load_tokenizer
 from engine.model import heads, transformer
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
@@ -32,7 +32,7 @@ from engine.stages.rm_metrics import count_pairs, ranking_metrics
 def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     set_threads(config.threads)
-    tokenizer = HybridEngine.load_tokenizer(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path)
     model = scalar_from_policy(
         config.model_name_or_path, seed=config.seed, dtype=config.dtype, trainable=True
     )

@@ -12,7 +12,7 @@ from engine.generate import steps
 from engine.generate.cache import PageCache
 from engine.generate.sampling import Sampling
 from engine.generate.steps import DefinedSteps, KernelSteps, Rows
-from engine.kernels._backend import BackendError, backend, kernels_usable
+from engine.kernels._backend import BackendError, backend, extension, kernels_usable
 from engine.kernels.attention_decode import PAGE
 from engine.kernels.transformer_step import TransformerStep
 from engine.model.network import step_network
@@ -174,6 +174,34 @@ def test_a_cache_of_another_dtype_or_with_a_layer_less_is_an_error(llama):
         TransformerStep(step_network(llama, 96), keys, cache.values)
     with pytest.raises(ValueError, match="keys, values: got 2 and 1, want one a layer, 2"):
         TransformerStep(step_network(llama, 96), cache.keys, cache.values[:1])
+
+
+def test_a_step_that_is_kept_reads_what_a_refresh_has_written(folders):
+    """Every parameter is another one: matrices, norms and tables lie where they lay."""
+    model, one = load_policy(folders["gpt2"], dtype="bfloat16", trainable=True), torch.ones(1).double()
+    given = torch.tensor([5]), torch.tensor([0]), torch.tensor([0, 1]).int(), torch.zeros(1, 6).int()
+    kept, results = step_over(model, cache_of(model)), []
+    for change in (0.0, 0.5):
+        for master in model.weights.masters.values():
+            master.data.mul_(1 + change).add_(change)
+        model.refresh()
+        for step in (kept, step_over(model, cache_of(model))):
+            results.append(step(*given, one * 0.3)[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
+    assert not torch.equal(results[1], results[3])
+
+
+def test_a_step_is_of_one_class_of_cpu(llama):
+    step, used = step_over(llama, cache_of(llama)), extension().cpu_class()
+    if used == "plain":
+        pytest.skip("this machine has one class only")
+    one, cu = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
+    extension().set_cpu_class("plain")
+    try:
+        with pytest.raises(ValueError, match=f"packed for class {used}, want plain.*anew"):
+            step(one, one, cu, torch.zeros(1, 1, dtype=torch.int32))
+    finally:
+        extension().set_cpu_class(used)
 
 
 def test_on_the_definitions_it_says_where_the_definition_is(llama):
