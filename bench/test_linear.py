@@ -95,11 +95,11 @@ def test_linear_backward(benchmark, name, shape):
 
 
 @pytest.mark.parametrize("what", ["pack", "refresh"])
-@pytest.mark.parametrize("name", ["engine", "torch"])
+@pytest.mark.parametrize("name", ["engine", "torch", "copy"])
 def test_linear_pack(benchmark, name, what):
     """A head's weight packed from its storage dtype, and anew from its float32 master: bytes against a copy's.
 
-    torch: only rounds, or copies, row-major.
+    torch: only rounds, or copies, row-major. copy: torch copies as many bytes as must be read and written here.
     """
     master = torch.randn(49152, 576)
     weight = pack_weight(master, torch.bfloat16)
@@ -108,14 +108,17 @@ def test_linear_pack(benchmark, name, what):
     assert torch.equal(weight.data, pack_weight(master, torch.bfloat16).data)
     assert torch.equal(weight.dense, master.bfloat16())
     copy = torch.empty_like(weight.dense)
+    moved = (
+        4 if what == "pack" else 8
+    )  # bytes of an element: in and out; float32 in, row-major and packed out
+    half = torch.randn(moved * master.numel() // 8)  # float32, so that reading and writing it is `moved` an element
+    other_half = torch.empty_like(half)
     runs = {
         ("engine", "pack"): lambda: torch.ops.engine.pack_weight(weight.dense),
         ("engine", "refresh"): lambda: refresh_weight(weight, master),
         ("torch", "pack"): lambda: copy.copy_(weight.dense),
         ("torch", "refresh"): lambda: copy.copy_(master),
+        ("copy", what): lambda: other_half.copy_(half),
     }
-    moved = (
-        4 if what == "pack" else 8
-    )  # bytes of an element: in and out; float32 in, row-major and packed out
     work(benchmark, moved * master.numel())
     benchmark(runs[name, what])

@@ -27,27 +27,40 @@ void product(const Left& left, const Right& right, int64_t depth, const Part& pa
 #endif
 }
 
-void pack_panel_from_columns(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel,
-                             void* out) {
+template <bool past>
+static void pack_panel(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel,
+                       void* out) {
   if (arithmetic == Arithmetic::f32)
-    pack_columns_f32(source, cols, depth, panel, static_cast<float*>(out));
+    pack_columns_f32<past>(source, cols, depth, panel, static_cast<float*>(out));
   else if (arithmetic == Arithmetic::pairs)
-    pack_columns_pairs(source, cols, depth, panel, static_cast<uint32_t*>(out));
+    pack_columns_pairs<past>(source, cols, depth, panel, static_cast<uint32_t*>(out));
   else
-    pack_columns_tiles(source, cols, depth, panel, static_cast<uint32_t*>(out));
+    pack_columns_tiles<past>(source, cols, depth, panel, static_cast<uint32_t*>(out));
 }
 
-// The rounded rows are packed while they lie in the cache: the master is read once.
+void pack_panel_from_columns(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel,
+                             void* out) {
+  pack_panel<false>(source, cols, depth, arithmetic, panel, out);
+}
+
+// A panel of the master is rounded and packed while it lies in the cache; both results are read by the next forward
+// only, when the rest of the model has gone through the caches.
 void refresh_panel(const float* master, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel, void* dense,
                    bool bf16, void* out) {
   const int64_t begin = panel * kPanel * depth, end = smaller((panel + 1) * kPanel, cols) * depth;
   with_type(bf16, [&]<typename T>(T*) {
     T* to = static_cast<T*>(dense) + begin;
     each_vector(end - begin, [&](int64_t i, int64_t count) {
-      store_up_to(to + i, load_up_to(master + begin + i, count), count);
+      const vfloat v = load_up_to(master + begin + i, count);
+      count < kLanes ? store_part(to + i, v, count) : stream(to + i, v);
     });
   });
-  pack_panel_from_columns({dense, bf16, depth}, cols, depth, arithmetic, panel, out);
+  // pairs and tiles are bf16 whatever the source; float32 panels of a bf16 weight need its rounded values
+  const bool from_dense = bf16 && arithmetic == Arithmetic::f32;
+  if (from_dense) stream_fence();
+  const Matrix rounded{dense, bf16, depth}, own{master, false, depth};
+  pack_panel<true>(from_dense ? rounded : own, cols, depth, arithmetic, panel, out);
+  stream_fence();
 }
 
 void pack_chunk_from_rows(const Matrix& source, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t chunk,

@@ -60,6 +60,11 @@ ENGINE_INLINE vuint words_of(const void* p) {
   return v;
 }
 ENGINE_INLINE void store_words(void* p, vuint v) { std::memcpy(p, &v, sizeof(v)); }
+// To stay in the caches, or past them.
+template <bool past>
+ENGINE_INLINE void put_words(void* p, vuint v) {
+  past ? stream(p, v) : store_words(p, v);
+}
 
 ENGINE_INLINE vuint round_words(vfloat v) {
   const vuint bits = reinterpret_cast<vuint>(v);
@@ -100,6 +105,7 @@ ENGINE_INLINE vuint bf16_pairs(const Matrix& m, int64_t row, int64_t col, int64_
   return words_of(lanes);
 }
 
+template <bool past>
 static void pack_columns_f32(const Matrix& source, int64_t cols, int64_t depth, int64_t panel, float* out) {
   for (int64_t k = 0; k < depth; k += kLanes)
     for (int half = 0; half < 2; ++half) {
@@ -110,10 +116,11 @@ static void pack_columns_f32(const Matrix& source, int64_t cols, int64_t depth, 
         v[j] = reinterpret_cast<vuint>(col < cols ? float_words(source, col, k, depth - k) : vfloat{});
       }
       transpose(v);
-      for (int i = 0; i < kLanes && k + i < depth; ++i) store_words(out + (k + i) * kPanel + half * kLanes, v[i]);
+      for (int i = 0; i < kLanes && k + i < depth; ++i) put_words<past>(out + (k + i) * kPanel + half * kLanes, v[i]);
     }
 }
 
+template <bool past>
 static void pack_columns_pairs(const Matrix& source, int64_t cols, int64_t depth, int64_t panel, uint32_t* out) {
   for (int64_t k = 0; k < depth; k += kLanes) {
     vuint v[kLanes];
@@ -124,10 +131,11 @@ static void pack_columns_pairs(const Matrix& source, int64_t cols, int64_t depth
       if (high < cols) v[j] |= bf16_words(source, high, k, depth - k) << 16;
     }
     transpose(v);
-    for (int i = 0; i < kLanes && k + i < depth; ++i) store_words(out + (k + i) * kLanes, v[i]);
+    for (int i = 0; i < kLanes && k + i < depth; ++i) put_words<past>(out + (k + i) * kLanes, v[i]);
   }
 }
 
+template <bool past>
 static void pack_columns_tiles(const Matrix& source, int64_t cols, int64_t depth, int64_t panel, uint32_t* out) {
   for (int64_t k = 0; k < depth; k += 2 * kLanes)
     for (int half = 0; half < 2; ++half) {
@@ -138,7 +146,7 @@ static void pack_columns_tiles(const Matrix& source, int64_t cols, int64_t depth
         v[j] = col < cols ? bf16_pairs(source, col, k, depth - k) : vuint{};
       }
       transpose(v);
-      for (int i = 0; i < kLanes; ++i) store_words(out + (k + half * kLanes + i) * kLanes, v[i]);
+      for (int i = 0; i < kLanes; ++i) put_words<past>(out + (k + half * kLanes + i) * kLanes, v[i]);
     }
 }
 

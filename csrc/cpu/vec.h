@@ -98,6 +98,23 @@ ENGINE_INLINE void narrow(uint16_t* p, vuint words) {  // the high halves are 0
 #endif
 }
 
+// Past the caches, for what is written once and read long after: an ordinary store reads the line first. Where the
+// address is not a multiple of the size, an ordinary one. stream_fence() before another thread reads it.
+ENGINE_INLINE void stream(void* p, vuint v) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(p) % 32 == 0) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+  std::memcpy(p, &v, sizeof(v));
+}
+ENGINE_INLINE void stream(float* p, vfloat v) { stream(static_cast<void*>(p), (vuint)v); }
+ENGINE_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 ENGINE_INLINE vfloat load(const uint16_t* p) {
   const vuint wide = widen(p) << 16;
   return (vfloat)wide;
@@ -107,6 +124,19 @@ ENGINE_INLINE void store(uint16_t* p, vfloat v) {
   const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vuint quiet = vuint{} + 0x7fc0;
   narrow(p, v == v ? rounded : quiet);
+}
+ENGINE_INLINE void stream(uint16_t* p, vfloat v) {
+  uint16_t rounded[kLanes];
+  store(rounded, v);
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(p) % 32 == 0)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded)));
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(rounded)));
+#endif
+  std::memcpy(p, rounded, sizeof(rounded));
 }
 ENGINE_INLINE vfloat load_part(const uint16_t* p, int64_t n, float fill) {
   float lanes[kLanes];
