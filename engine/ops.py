@@ -73,17 +73,27 @@ def cpp_state(op: str) -> tuple[bool, str]:
     return False, "is defined, but the extension was built without its C++ file; rebuild it"
 
 
-def backend_in_use(has_cpp: bool) -> str:
+def triton_state(op: str) -> str:
+    """Has this op a Triton kernel, and can it run here?"""
+    if not _backend.has_triton_kernel(op):
+        return "-"
+    if _backend.why_no_triton():
+        return "not installed"
+    return "yes" if torch.cuda.is_available() else "no GPU"
+
+
+def backend_in_use(op: str, has_cpp: bool) -> str:
     forced = _backend.forced_backend()
     if forced is None:
         return "cpp" if has_cpp else "reference"
-    return forced if has_cpp or forced == "reference" else "none: cpp was asked for"
+    usable = {"cpp": has_cpp, "triton": _backend.has_triton_kernel(op), "reference": True}[forced]
+    return forced if usable else f"none: {forced} was asked for"
 
 
 def backends_table() -> Table:
     """Op by backend: what float32 tensors on the CPU run on, and the reason where it is not C++."""
     table = Table(title="Ops and backends")
-    for column in ("op", "public", "cpp", "reference", "in use", "reason"):
+    for column in ("op", "public", "cpp", "triton", "reference", "in use", "reason"):
         table.add_column(column)
     for op in op_modules():
         importlib.import_module(f"engine.kernels.{op}")
@@ -95,8 +105,9 @@ def backends_table() -> Table:
             op,
             "yes" if public else "",
             "yes" if has_cpp else "-",
+            triton_state(op),
             "yes",
-            backend_in_use(has_cpp),
+            backend_in_use(op, has_cpp),
             reason,
         )
     return table
@@ -110,11 +121,13 @@ def machine_lines() -> list[str]:
             f"C++ kernels: none: {_backend.why_no_extension()}",
             f"threads: {torch.get_num_threads()}",
         ]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     asked = os.environ.get("ENGINE_CPU_CLASS")
     chosen = f"ENGINE_CPU_CLASS={asked}" if asked else "the best this machine runs"
     return [
         f"class of CPU found: {module.detected_class()}; in use: {module.cpu_class()} ({chosen})",
         f"threads: {torch.get_num_threads()} (torch {torch.__version__})",
+        f"GPU: {gpu}",
     ]
 
 

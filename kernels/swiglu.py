@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -36,19 +36,19 @@ def swiglu(
     gate, up = gate.contiguous(), up.contiguous()
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SwiGLU.apply(gate, up)
-    return torch.ops.engine.swiglu(gate, up)
+    return kernel("swiglu")(gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.ops.engine.swiglu(gate, up)
+        return kernel("swiglu")(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.engine.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+        return kernel("swiglu_backward")(grad.contiguous(), *ctx.saved_tensors)
 
 
 define("swiglu(Tensor gate, Tensor up) -> Tensor", lambda gate, up: torch.empty_like(gate))

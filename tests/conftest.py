@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from cpu_classes import runnable_classes, use_class, use_threads
 from filelock import FileLock
 
 from engine.demo import model
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a Triton kernel
+os.environ.setdefault("ENGINE_DEVICE", "cpu")  # what `auto` is: tests of a GPU name it themselves
 
 UNPACKED = Path(__file__).resolve().parents[1] / "build" / "tests"
 

@@ -116,6 +116,19 @@ def test_an_op_has_its_room():
     assert not sources - ops - shared, f"C++ without an op: {sorted(sources - ops - shared)}"
 
 
+def test_a_triton_kernel_has_its_rooms():
+    """kernels/triton/x.py belongs to kernels/x.py and has its table, its test and its cases."""
+    kernels = {path.stem for path in (ROOT / "kernels" / "triton").glob("[a-z]*.py")}
+    for room, pattern, prefix in (
+        ("kernels", "[a-z]*.py", ""),
+        ("kernels/configs", "*.json", ""),
+        ("tests/triton", "test_*.py", "test_triton_"),
+        ("bench/gpu", "[a-z]*.py", ""),
+    ):
+        found = {path.stem.removeprefix(prefix) for path in (ROOT / room).glob(pattern)}
+        assert not kernels - found, f"{room} lacks {sorted(kernels - found)}"
+
+
 def test_no_path_of_a_machine_and_no_pickle():
     for path in tracked("*.py", "*.md", "*.yaml", "*.toml", "Makefile"):
         text = path.read_text()

@@ -9,6 +9,7 @@ import torch
 
 from engine import ops
 from engine.kernels import _backend
+from engine.kernels.swiglu import swiglu
 
 # The design's table; what an op takes beyond it is keyword-only.
 SIGNATURES = {
@@ -45,7 +46,7 @@ def test_float64_runs_on_the_definition_and_cpp_refuses_it():
         pytest.raises(ops.BackendError, match="op 'gae': backend 'cpp' was asked for.*float64"),
     ):
         ops.gae(x, x, cu)
-    with pytest.raises(ops.BackendError, match="backend: got 'gpu', want one of cpp, reference"):
+    with pytest.raises(ops.BackendError, match="backend: got 'gpu', want one of cpp, triton, reference"):
         ops.backend("gpu").__enter__()
 
 
@@ -55,20 +56,23 @@ def table_rows() -> dict[str, list[str]]:
 
 
 def test_table_names_every_op_and_its_backend(monkeypatch):
-    rows = table_rows()
+    rows, state = table_rows(), ops.triton_state("kl_reward")
     assert set(SIGNATURES) - {"unpack"} <= set(rows)
-    public, cpp, reference, in_use, reason = rows["pack"]
-    assert (public, cpp, reference, in_use) == ("yes", "-", "yes", "reference")
+    public, cpp, triton, reference, in_use, reason = rows["pack"]
+    assert (public, cpp, triton, reference, in_use) == ("yes", "-", "-", "yes", "reference")
     assert reason == "written in torch operations"
     if _backend.extension():
-        assert rows["kl_reward"] == ["yes", "yes", "yes", "cpp", ""]
-        assert rows["transformer_step"] == ["", "yes", "yes", "cpp", ""]  # a class, not a schema
+        assert rows["kl_reward"] == ["yes", "yes", state, "yes", "cpp", ""]
+        assert rows["transformer_step"] == ["", "yes", "-", "yes", "cpp", ""]  # a class, no schema
         with ops.backend("reference"):
-            assert table_rows()["kl_reward"][3] == "reference"
-            assert "was asked for" in table_rows()["kl_reward"][4]
+            assert table_rows()["kl_reward"][4] == "reference"
+            assert "was asked for" in table_rows()["kl_reward"][5]
+        with ops.backend("triton"):
+            assert table_rows()["swiglu"][4] == "triton"
+            assert table_rows()["pack"][4] == "none: triton was asked for"
     monkeypatch.setattr(_backend, "extension", lambda: None)
     monkeypatch.setattr(_backend, "why_no_extension", lambda: "no compiler")
-    assert table_rows()["kl_reward"] == ["yes", "-", "yes", "reference", "no compiler"]
+    assert table_rows()["kl_reward"] == ["yes", "-", state, "yes", "reference", "no compiler"]
     assert ops.machine_lines()[0] == "C++ kernels: none: no compiler"
 
 
@@ -78,3 +82,34 @@ def test_the_command_prints_machine_and_table():
     assert all(word in done.stdout for word in ("threads: ", "ranking_loss", "in use"))
     if _backend.extension():
         assert f"class of CPU found: {_backend.extension().detected_class()}" in done.stdout
+
+
+def test_triton_that_cannot_run_is_an_error_that_says_why(monkeypatch):
+    x = torch.zeros(2, 3)
+    with ops.backend("triton"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(ops.BackendError, match="op 'swiglu': .*'triton' .*on the CPU.*TRITON_INTERPRET=1"):
+            swiglu(x, x)
+        monkeypatch.setattr(_backend, "why_no_triton", lambda: "triton is not installed")
+        with pytest.raises(ops.BackendError, match="'triton' was asked for.*triton is not installed"):
+            swiglu(x, x)
+        assert ops.triton_state("swiglu") == "not installed"
+        with pytest.raises(ops.BackendError, match="its GPU kernel cannot run: triton is not installed"):
+            _backend.triton_kernels("swiglu")
+
+
+def test_nothing_imports_triton_before_a_gpu_kernel_is_launched():
+    code = "import sys, engine, engine.ops as ops; ops.backends_table(); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_on_a_gpu_cuda_cpp_goes_first_unless_triton_is_asked_for(monkeypatch):
+    monkeypatch.setattr(_backend._cuda, "has_cuda_kernel", lambda op: op == "ranking_loss")
+    monkeypatch.setattr(_backend._cuda, "cuda_kernel", lambda op: lambda *given: f"cuda {op}")
+    monkeypatch.setattr(_backend, "_run_triton", lambda op, *given: f"triton {op}")
+    single, half = torch.zeros(2), torch.zeros(2, dtype=torch.float16)
+    assert _backend._run_on_gpu("ranking_loss", single) == "cuda ranking_loss"
+    assert _backend._run_on_gpu("ranking_loss", half) == "triton ranking_loss"
+    assert _backend._run_on_gpu("gae", single) == "triton gae"
+    with ops.backend("triton"):
+        assert _backend._run_on_gpu("ranking_loss", single) == "triton ranking_loss"

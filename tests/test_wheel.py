@@ -68,6 +68,8 @@ def test_it_holds_the_package_and_nothing_else(installed):
     assert names == {"engine", "rlhf_engine-0.1.0.dist-info"}
     for inside in (
         "kernels/gae.py",
+        "kernels/triton/swiglu.py",
+        "kernels/configs/swiglu.json",
         "presets/small.yaml",
         "demo/data/prompts.jsonl",
         "stages/ppo/loop.py",

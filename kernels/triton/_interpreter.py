@@ -1,0 +1,148 @@
+"""Mends Triton's interpreter, which is silently wrong in bfloat16: it holds such numbers as 16-bit integers and then
+adds, multiplies and compares those integers, cuts float32 off instead of rounding it, and skips device_assert.
+
+With the patch a bfloat16 operation is the float32 one, rounded to nearest even, as on a GPU. What cannot be mended in
+one place (reductions and scans of bfloat16, which the kernels do in float32 anyway) is an error instead of a wrong
+number. `active()` says whether kernels are interpreted at all; on a GPU nothing here runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+
+
+def active() -> bool:
+    """Are kernels that are decorated now interpreted? (TRITON_INTERPRET=1)"""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float32 numbers."""
+    wide = np.asarray(bits, dtype=np.uint16).astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """float32 numbers as bfloat16 bits, rounded to nearest even; any NaN becomes the quiet one."""
+    numbers = np.ascontiguousarray(numbers, dtype=np.float32)
+    bits = numbers.view(np.uint32).astype(
+        np.uint64
+    )  # 64 bits: the carry of the largest must not wrap
+    rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+    return np.where(np.isnan(numbers), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return not isinstance(handle.dtype, tl.pointer_type) and handle.dtype.scalar == tl.bfloat16
+
+
+@functools.cache
+def patch() -> None:
+    """Patches the interpreter of the installed triton, once. Raises where its parts have moved."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+    for name in (
+        "create_dot",
+        "cast_impl",
+        "create_fp_to_fp",
+        "binary_op",
+        "unary_op",
+        "create_fma",
+    ):
+        wrapper = globals()[f"_{name}"]
+        setattr(builder, name, wrapper(getattr(builder, name), handle))
+    for ops in (interpreter.ReduceOps, interpreter.ScanOps):
+        ops.apply_impl = _refuse_bfloat16(ops.apply_impl)
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    interpreter.interpreter_builder.options = options
+
+
+def _float32(handle: Callable[..., Any], x: Any) -> Any:
+    return handle(widen(x.data), tl.float32) if _is_bfloat16(x) else x
+
+
+def _create_dot(original: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *others: Any) -> Any:
+        return original(self, _float32(handle, a), _float32(handle, b), d, *others)
+
+    return create_dot
+
+
+def _cast_impl(original: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
+    """Any cast from or to bfloat16 goes through float32."""
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        kind = target.scalar
+        if kind == source.dtype.scalar:
+            return source
+        if _is_bfloat16(source):
+            source = _float32(handle, source)
+            return source if kind == tl.float32 else original(self, source, target)
+        if kind == tl.bfloat16:
+            wide = source.data.astype(np.float32)
+            return handle(narrow(wide), tl.bfloat16)
+        return original(self, source, target)
+
+    return cast_impl
+
+
+def _create_fp_to_fp(
+    original: Callable[..., Any], handle: Callable[..., Any]
+) -> Callable[..., Any]:
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if _is_bfloat16(source) or target.scalar == tl.bfloat16:
+            return self.cast_impl(source, target)
+        return original(self, source, target, rounding)
+
+    return create_fp_to_fp
+
+
+def _binary_op(original: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
+    def binary_op(self: Any, a: Any, b: Any, operation: Any) -> Any:
+        if not _is_bfloat16(a):
+            return original(self, a, b, operation)
+        result = operation(widen(a.data), widen(b.data))
+        if operation in COMPARISONS:
+            return handle(result, tl.int1)
+        return handle(narrow(result), tl.bfloat16)
+
+    return binary_op
+
+
+def _unary_op(original: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
+    def unary_op(self: Any, a: Any, operation: Any) -> Any:
+        if not _is_bfloat16(a):
+            return original(self, a, operation)
+        return handle(narrow(operation(widen(a.data))), tl.bfloat16)
+
+    return unary_op
+
+
+def _create_fma(original: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if not _is_bfloat16(z):
+            return original(self, x, y, z)
+        product = widen(x.data).astype(np.float64) * widen(y.data)
+        return handle(narrow((product + widen(z.data)).astype(np.float32)), tl.bfloat16)
+
+    return create_fma
+
+
+def _refuse_bfloat16(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_impl(self: Any, inputs: Any) -> Any:
+        if any(_is_bfloat16(x.handle) for x in inputs):
+            raise TypeError(
+                "a reduction or scan of bfloat16: cast to float32 first, as a GPU kernel should"
+            )
+        return original(self, inputs)
+
+    return apply_impl
