@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from .linear import PackedWeight, packed_data
 
 
@@ -85,8 +85,10 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int) -> None:
         raise ValueError(
             f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, want int64 ({rows},)"
         )
+    if targets.device.type != "cpu":  # reading a GPU's values waits for it: see linear_logprob
+        return
     outside = (targets < 0) | (targets >= vocabulary)
-    if targets.device.type != "meta" and bool(outside.any()):
+    if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise ValueError(
             f"targets[{at}]: got {int(targets[at])}, want a token in [0, {vocabulary}); "
@@ -107,15 +109,18 @@ def linear_logprob(
 
     z = (hidden W^T + bias) / temperature. Gradients to hidden, bias, and the weight: a plain weight
     gets its own in its dtype, a PackedWeight's goes to `master` (float32). Raises ValueError on
-    shapes that do not fit and on a target outside [0, V).
+    shapes that do not fit and on a target outside [0, V); on a GPU, whose values are not read, such a
+    target's log-probability is nan.
     """
     check_head(hidden, weight, temperature, bias, master)
     dense = weight if isinstance(weight, Tensor) else weight.dense
-    if choose("linear_logprob", hidden, dense) == "reference":
+    chosen = choose("linear_logprob", hidden, dense)
+    if chosen != "cpp":  # C++ looks at each target itself
         check_targets(targets, hidden.shape[0], dense.shape[0])
+    if chosen == "reference":
         return linear_logprob_reference(hidden, weight, targets, temperature, bias, master=master)
-    dense, data = head_operands(weight)
-    logprob, entropy, _max, _log_sum = torch.ops.engine.linear_logprob(
+    dense, data = head_operands(weight, chosen)
+    logprob, entropy, _max, _log_sum = kernel("linear_logprob")(
         hidden.contiguous(),
         dense,
         data,
@@ -127,11 +132,13 @@ def linear_logprob(
     return logprob, entropy
 
 
-def head_operands(weight: Tensor | PackedWeight) -> tuple[Tensor, Tensor]:
-    """The weight row-major, and packed: a plain one is packed on the fly."""
+def head_operands(weight: Tensor | PackedWeight, chosen: str) -> tuple[Tensor, Tensor]:
+    """The weight row-major, and packed where C++ is chosen: a plain one is packed on the fly."""
+    dense = weight.dense if isinstance(weight, PackedWeight) else weight.detach().contiguous()
+    if chosen != "cpp":
+        return dense, dense.new_empty(0, dtype=torch.uint8)
     if isinstance(weight, PackedWeight):
-        return weight.dense, packed_data(weight)
-    dense = weight.detach().contiguous()
+        return dense, packed_data(weight)
     return dense, torch.ops.engine.pack_weight(dense)
 
 
@@ -148,7 +155,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     hidden, dense, data, targets, bias, row_max, log_sum, entropy = ctx.saved_tensors
     need_hidden, _, _, _, _, need_bias, need_master = ctx.needs_input_grad
-    dh, dw, db = torch.ops.engine.linear_logprob_backward(
+    dh, dw, db = kernel("linear_logprob_backward")(
         grad_logprob.contiguous(),
         grad_entropy.contiguous(),
         hidden,

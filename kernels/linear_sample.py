@@ -10,7 +10,7 @@ the entropy are those of `linear_logprob` for the drawn token, bit for bit.
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from .linear import PackedWeight
 from .linear_logprob import check_head, head_operands, linear_logits, linear_logprob_reference
 
@@ -42,7 +42,8 @@ def linear_sample(
     """token_r = min {j : sum_{i <= j} p_ri > uniform_r}; never a token of probability 0.
 
     Not differentiable. Raises ValueError on shapes that do not fit, on uniform numbers outside
-    [0, 1), and on a row without a distribution (all logits -inf).
+    [0, 1), and on a row without a distribution (all logits -inf). A GPU's values are not read: there
+    such a row has a token of the vocabulary, and nan for its log-probability and entropy.
     """
     check_head(hidden, weight, temperature, bias, None)
     if uniform.shape != (hidden.shape[0],) or uniform.dtype != torch.float64:
@@ -50,17 +51,19 @@ def linear_sample(
             f"uniform: got {uniform.dtype} of shape {tuple(uniform.shape)}, "
             f"want float64 ({hidden.shape[0]},)"
         )
-    if uniform.numel() and not (uniform.min() >= 0 and uniform.max() < 1):
+    on_cpu = uniform.device.type == "cpu"
+    if on_cpu and uniform.numel() and not (uniform.min() >= 0 and uniform.max() < 1):
         raise ValueError(
             f"uniform: got {uniform.min():.17g} ... {uniform.max():.17g}, want numbers in [0, 1)"
         )
     dense = weight if isinstance(weight, Tensor) else weight.dense
     with torch.no_grad():
-        if choose("linear_sample", hidden, dense) == "reference":
+        chosen = choose("linear_sample", hidden, dense)
+        if chosen == "reference":
             return linear_sample_reference(hidden, weight, uniform, temperature, bias)
-        return torch.ops.engine.linear_sample(
+        return kernel("linear_sample")(
             hidden.contiguous(),
-            *head_operands(weight),
+            *head_operands(weight, chosen),
             uniform.contiguous(),
             temperature,
             None if bias is None else bias.float().contiguous(),

@@ -1,0 +1,329 @@
+"""linear_logprob on a GPU: statistics of tiles of the logits, merged in the order of the vocabulary.
+
+    of row n and tile t:  m = max z,  s = sum e^(z - m),  b = sum e^(z - m) (z - m)
+    M = max m,  S = sum s e^(m - M),  B = sum e^(m - M) (b + s (m - M))
+    logprob = (z_y - M) - log S,  entropy = log S - B / S
+
+A tile lives in registers: memory holds 3 numbers a row and tile, for ROWS rows at once. The widths of tiles depend on
+the vocabulary alone, and sums are made in a fixed order, so that a row's result does not depend on the other rows.
+The gradient of the logits is made again a slab of the vocabulary at a time; the products with it are the library's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Config, cdiv, config, launch
+
+ROWS = 4096  # at once: their hidden states stay in the second cache while the vocabulary goes by
+
+
+@triton.jit
+def tile_logits(
+    hidden,  # at the first row
+    weight,
+    bias,
+    inverse_temperature,
+    row_inside,  # (BLOCK_M,): rows that are loaded; the others are 0 plus bias
+    column,  # the first
+    V: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """z (BLOCK_M, BLOCK_N) float32, -inf behind the vocabulary."""
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    h_at = hidden + m[:, None] * H + k[None, :]
+    w_at = weight + tl.cast(column, tl.int64) * H + n[None, :] * H + k[:, None]
+    column_inside = column + n < V
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, H, BLOCK_K):
+        h_mask, w_mask = row_inside[:, None], column_inside[None, :]
+        if H % BLOCK_K != 0:
+            h_mask = h_mask & (k0 + k < H)[None, :]
+            w_mask = w_mask & (k0 + k < H)[:, None]
+        h = tl.load(h_at + k0, mask=h_mask, other=0.0).to(weight.dtype.element_ty)
+        w = tl.load(w_at + k0, mask=w_mask, other=0.0)
+        sums = tl.dot(h, w, sums, input_precision="ieee")
+    if bias is not None:
+        sums += tl.load(bias + column + n, mask=column_inside, other=0.0)[None, :]
+    z = sums * tl.cast(inverse_temperature, tl.float32)
+    return tl.where(column_inside[None, :], z, float("-inf"))
+
+
+# N is not specialised in: a kernel compiled for a multiple of 16 might sum a row in another order.
+@triton.jit(do_not_specialize=["N"])
+def _statistics(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    bias,  # (V,) or None
+    targets,  # (N,)
+    statistics,  # (3, tiles, N)
+    target_z,  # (N,)
+    inverse_temperature,
+    N,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    row, column = row0 + tl.arange(0, BLOCK_M), tile * BLOCK_N
+    inside = row < N
+    z = tile_logits(
+        hidden + row0 * H, weight, bias, inverse_temperature, inside, column,
+        V, H, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+    # the target's logit is picked from the same sums
+    y = tl.load(targets + row, mask=inside, other=-1) - column
+    z_y = tl.sum(tl.where(y[:, None] == tl.arange(0, BLOCK_N)[None, :], z, 0.0), 1)
+    here = inside & (y >= 0) & (y < BLOCK_N) & (y + column < V)
+    tl.store(target_z + row, z_y, mask=here)
+
+    most = tl.max(z, 1)
+    below = z - tl.where(most == float("-inf"), 0.0, most)[:, None]
+    e = tl.exp(below)
+    weighted = tl.where(e == 0.0, 0.0, e * below)  # 0 times -inf is 0
+    out = statistics + tl.cast(tile, tl.int64) * N + row
+    plane = tl.cast(tiles, tl.int64) * N
+    tl.store(out, most, mask=inside)
+    tl.store(out + plane, tl.sum(e, 1), mask=inside)
+    tl.store(out + 2 * plane, tl.sum(weighted, 1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _merge(
+    statistics,  # (3, TILES, N)
+    target_z,  # (N,)
+    targets,  # (N,)
+    logprob,  # (N,), as the three that follow
+    entropy,
+    row_max,
+    log_sum,
+    N,
+    V: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < N
+    plane = tl.cast(N, tl.int64) * TILES
+    most = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    weighted = tl.zeros((BLOCK_R,), tl.float32)
+    for t0 in range(0, TILES, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        at = statistics + t[:, None].to(tl.int64) * N + row[None, :]
+        mask = (t < TILES)[:, None] & inside[None, :]
+        m = tl.load(at, mask=mask, other=float("-inf"))
+        s = tl.load(at + plane, mask=mask, other=0.0)
+        b = tl.load(at + 2 * plane, mask=mask, other=0.0)
+        higher = tl.maximum(most, tl.max(m, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        # what was summed so far, then the tiles, all below the new maximum; without mass nothing is added
+        scale = tl.exp(most - shift)
+        weighted = tl.where(scale == 0.0, 0.0, scale * (weighted + total * (most - shift)))
+        total = scale * total
+        lower = m - shift[None, :]
+        scales = tl.exp(lower)
+        total += tl.sum(scales * s, 0)
+        weighted += tl.sum(tl.where(scales == 0.0, 0.0, scales * (b + s * lower)), 0)
+        most = higher
+    y = tl.load(targets + row, mask=inside, other=-1)
+    z_y = tl.load(target_z + row, mask=inside & (y >= 0) & (y < V), other=float("nan"))
+    log_total = tl.log(total)
+    tl.store(logprob + row, (z_y - most) - log_total, mask=inside)
+    tl.store(entropy + row, log_total - weighted / total, mask=inside)
+    tl.store(row_max + row, most, mask=inside)
+    tl.store(log_sum + row, log_total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _slab_gradient(
+    grad_logprob,  # (N,), as the one that follows
+    grad_entropy,
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    bias,  # (V,) or None
+    targets,  # (N,), as the three that follow
+    row_max,
+    log_sum,
+    entropy,
+    dz,  # (N, WIDTH): columns first ... first + WIDTH - 1
+    bias_sums,  # (row blocks, WIDTH) or None
+    inverse_temperature,
+    first,
+    N,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dz_j = [ g_logprob (1{j = y} - p_j) - g_entropy p_j (log p_j + entropy) ] / temperature."""
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    n = tl.arange(0, BLOCK_N)
+    slab_column = tl.program_id(1) * BLOCK_N + n
+    row, column = row0 + tl.arange(0, BLOCK_M), first + tl.program_id(1) * BLOCK_N
+    inside = row < N
+    z = tile_logits(
+        hidden + row0 * H, weight, bias, inverse_temperature, inside, column,
+        V, H, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+    log_p = z - tl.load(row_max + row, mask=inside, other=0.0)[:, None]
+    log_p = log_p - tl.load(log_sum + row, mask=inside, other=0.0)[:, None]
+    p = tl.exp(log_p)
+    y = tl.load(targets + row, mask=inside, other=-1) - column
+    g_logprob = tl.load(grad_logprob + row, mask=inside, other=0.0)[:, None]
+    g_entropy = tl.load(grad_entropy + row, mask=inside, other=0.0)[:, None]
+    mean = tl.load(entropy + row, mask=inside, other=0.0)[:, None]
+    # 1 - p before the product: where p is 1 the gradient is 0
+    slope = g_logprob * (tl.where(y[:, None] == n[None, :], 1.0, 0.0) - p)
+    slope -= g_entropy * tl.where(p == 0.0, 0.0, p * (log_p + mean))
+    slope = tl.where(inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)
+
+    live = inside[:, None] & (column + n < V)[None, :]
+    at = dz + row[:, None] * WIDTH + slab_column[None, :]
+    tl.store(at, slope.to(dz.dtype.element_ty), mask=live)
+    if bias_sums is not None:
+        at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column
+        tl.store(at, tl.sum(slope, 0), mask=column + n < V)
+
+
+def table(name: str, weight: Tensor) -> Config:
+    """The row for a vocabulary, in float32's own table where products cannot use tensor cores."""
+    suffix = "_float32" if weight.dtype == torch.float32 else ""
+    return config(name + suffix, weight.shape[0], weight.device)
+
+
+def tile_statistics(
+    hidden: Tensor,  # (N, H)
+    dense: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    temperature: float,
+    bias: Tensor | None,  # (V,)
+    tuned: Config,
+) -> tuple[Tensor, Tensor]:  # statistics (3, tiles, N), target_z (N,)
+    (N, H), V = hidden.shape, dense.shape[0]
+    tiles = cdiv(V, tuned.blocks["BLOCK_N"])
+    statistics = hidden.new_empty((3, tiles, N), dtype=torch.float32)
+    target_z = hidden.new_empty(N, dtype=torch.float32)
+    grid = (cdiv(N, tuned.blocks["BLOCK_M"]), tiles)
+    arguments = (hidden, dense, bias, targets, statistics, target_z, 1.0 / temperature, N)
+    launch(_statistics, grid, *arguments, config=tuned, V=V, H=H)
+    return statistics, target_z
+
+
+def merge(
+    statistics: Tensor,  # (3, tiles, N)
+    target_z: Tensor,  # (N,)
+    targets: Tensor,  # (N,)
+    results: list[Tensor],  # logprob, entropy, row_max, log_sum: (N,)
+    V: int,
+) -> None:
+    _, tiles, N = statistics.shape
+    tuned = config("linear_logprob_merge", V, statistics.device)
+    grid = (cdiv(N, tuned.blocks["BLOCK_R"]),)
+    arguments = (statistics, target_z, targets, *results, N)
+    launch(_merge, grid, *arguments, config=tuned, V=V, TILES=tiles)
+
+
+def check_vocabulary(dense: Tensor) -> None:
+    if dense.shape[0] == 0:
+        raise ValueError("weight: got no rows, want a vocabulary of one token or more")
+
+
+def linear_logprob(
+    hidden: Tensor,  # (N, H)
+    dense: Tensor,  # (V, H)
+    data: Tensor,
+    targets: Tensor,  # (N,)
+    temperature: float,
+    bias: Tensor | None,  # (V,)
+    master: Tensor | None,
+    tuned: Config | None = None,
+) -> tuple[Tensor, ...]:  # logprob, entropy, row_max, log_sum: (N,) float32
+    """Size of the table: V. A target outside [0, V) has the log-probability nan."""
+    check_vocabulary(dense)
+    tuned = tuned or table("linear_logprob", dense)
+    N, V = hidden.shape[0], dense.shape[0]
+    results = tuple(hidden.new_empty(N, dtype=torch.float32) for _ in range(4))
+    for first in range(0, N, ROWS):
+        rows = slice(first, first + ROWS)
+        statistics, target_z = tile_statistics(
+            hidden[rows], dense, targets[rows], temperature, bias, tuned
+        )
+        merge(statistics, target_z, targets[rows], [x[rows] for x in results], V)
+    return results
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, summed and given in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def linear_logprob_backward(
+    grad_logprob: Tensor,  # (N,)
+    grad_entropy: Tensor,  # (N,)
+    hidden: Tensor,  # (N, H)
+    dense: Tensor,  # (V, H)
+    data: Tensor,
+    targets: Tensor,  # (N,)
+    temperature: float,
+    bias: Tensor | None,  # (V,)
+    row_max: Tensor,  # (N,)
+    log_sum: Tensor,  # (N,)
+    entropy: Tensor,  # (N,)
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    tuned: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # d hidden (dtype of hidden), d weight, d bias (float32)
+    """Size of the table: V. Its SLAB columns of dz are held at once, bfloat16 for a bfloat16 weight, else float32.
+
+    (float16 would lose the gradients of a mean over many tokens below its smallest number.)
+    """
+    check_vocabulary(dense)
+    tuned = tuned or table("linear_logprob_backward", dense)
+    blocks = dict(tuned.blocks)
+    slab, block_m, block_n = blocks.pop("SLAB"), blocks["BLOCK_M"], blocks["BLOCK_N"]
+    tuned = Config(blocks, tuned.num_warps, tuned.num_stages)
+    (N, H), V = hidden.shape, dense.shape[0]
+    width = min(slab, cdiv(V, block_n) * block_n)
+    operand = torch.bfloat16 if dense.dtype == torch.bfloat16 else torch.float32
+    dz, wide = hidden.new_empty((N, width), dtype=operand), torch.float32
+    sums = hidden.new_empty((cdiv(N, block_m), width), dtype=wide) if need_bias else None
+    dh = hidden.new_zeros((N, H) if need_hidden else (0,), dtype=wide)
+    dw = hidden.new_empty((V, H) if need_weight else (0,), dtype=wide)
+    db = hidden.new_empty((V,) if need_bias else (0,), dtype=wide)
+    h = hidden.to(dense.dtype).to(operand)
+    for first in range(0, V, width) if need_hidden or need_weight or need_bias else ():
+        columns = slice(first, min(first + width, V))
+        used = columns.stop - first
+        for row in range(0, N, ROWS):
+            rows = slice(row, row + ROWS)
+            of_rows = [x[rows] for x in (targets, row_max, log_sum, entropy)]
+            launch(
+                _slab_gradient, (cdiv(min(ROWS, N - row), block_m), cdiv(used, block_n)),
+                grad_logprob[rows], grad_entropy[rows], hidden[rows], dense, bias, *of_rows,
+                dz[rows], None if sums is None else sums[row // block_m :],
+                1.0 / temperature, first, min(ROWS, N - row),
+                config=tuned, V=V, H=H, WIDTH=width,
+            )  # fmt: skip
+        if need_hidden:
+            dh += _product(dz[:, :used], dense[columns])
+        if need_weight:
+            _product(dz[:, :used].T, h, out=dw[columns])
+        if sums is not None:
+            torch.sum(sums[:, :used], 0, out=db[columns])
+    return dh.to(hidden.dtype if need_hidden else wide), dw, db
