@@ -5,7 +5,9 @@
 Query head h reads key head h // (Hq / Hk). `prefix[s] = p < s` puts all of segment p's keys before those of segment
 s (K answers to one prompt: the prompt's keys exist once); `prefix[s] = s` means none. Numerics: float32 arithmetic
 for float32 and bfloat16 inputs. A row's result depends on its own keys alone: on the CPU it is equal to the bit
-however the batch is packed, with a prefix shared or repeated, and to `attention_decode` of that row.
+however the batch is packed, with a prefix shared or repeated, and to `attention_decode` of that row. On a GPU it is so
+too, but for `attention_decode`, which sums in other pieces; in 16 bits the probabilities are rounded to the dtype of v
+before they meet it. `ENGINE_ATTENTION=flash` takes flash-attn there instead (kernels/_flash.py).
 """
 
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from . import _flash
+from ._backend import choose, define, kernel
 from ._check import check_offsets
 
 
@@ -38,11 +41,13 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) ->
 
 
 def check_prefix(prefix: Tensor, num_segments: int) -> None:
-    """int32 (S,), prefix[s] <= s, and a segment that is a prefix has none itself."""
+    """int32 (S,), prefix[s] <= s, and a segment that is a prefix has none itself. Values: on the CPU only."""
     if prefix.dtype != torch.int32 or prefix.shape != (num_segments,):
         raise ValueError(
             f"prefix: got {prefix.dtype} of shape {tuple(prefix.shape)}, want int32 ({num_segments},)"
         )
+    if prefix.device.type != "cpu":
+        return
     for s, p in enumerate(prefix.tolist()):
         if not 0 <= p <= s or prefix[p] != p:
             raise ValueError(
@@ -95,16 +100,20 @@ def attention(
             f"q, k: got shapes {tuple(q.shape)}, {tuple(k.shape)}, want (N, Hq, D), (N, Hk, D)"
         )
     check_heads(q, k, v, ("q", "k", "v"))
-    if choose("attention", q, k, v) == "reference":
+    if _flash.chosen():
+        return _flash.attention(q, k, v, cu, prefix)
+    chosen = choose("attention", q, k, v)
+    if chosen != "cpp":  # which checks by itself
         check_offsets("cu", cu, q.shape[0])
         if prefix is not None:
             check_prefix(prefix, cu.numel() - 1)
+    if chosen == "reference":
         return attention_reference(q, k, v, cu, prefix)
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu.contiguous()
     prefix = None if prefix is None else prefix.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, cu, prefix)
-    return torch.ops.engine.attention(q, k, v, cu, prefix)[0]
+    return kernel("attention")(q, k, v, cu, prefix)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -114,14 +123,14 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, prefix: Tensor | None
     ) -> Tensor:
-        out, lse = torch.ops.engine.attention(q, k, v, cu, prefix)
+        out, lse = kernel("attention")(q, k, v, cu, prefix)
         ctx.save_for_backward(q, k, v, out, lse, cu, prefix)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.engine.attention_backward(grad.contiguous(), *ctx.saved_tensors)
+        gradients = kernel("attention_backward")(grad.contiguous(), *ctx.saved_tensors)
         return *gradients, None, None
 
 

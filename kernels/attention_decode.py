@@ -9,14 +9,15 @@ Pages hold keys and values as the CPU's loops read them, in words of 32 bits: w 
     v_pages (P, Hk, PAGE / w, D, w)    a word: one channel of w keys
 
 The row's own key is already in its page, so length_r >= 1. What lies behind a row's length, in its last page or in
-pages that it does not name, is never used but must be finite. Equal to the bit to the same row of `attention` over keys
-and values that were rounded to the pages' dtype. No backward: decoding has none.
+pages that it does not name, is never used but must be finite. On the CPU equal to the bit to the same row of
+`attention` over keys and values that were rounded to the pages' dtype; on a GPU equal to the bit to itself in any
+batch. No backward: decoding has none.
 """
 
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 
 PAGE = 16
 
@@ -98,10 +99,12 @@ def attention_decode(
             raise ValueError(
                 f"{name}: got {x.dtype} of shape {tuple(x.shape)}, want int32, {dims}-D, {q.shape[0]} rows"
             )
-    if choose("attention_decode", q, k_pages, v_pages) == "reference":
+    chosen = choose("attention_decode", q, k_pages, v_pages)
+    if chosen != "cpp":  # which checks by itself
         check_pages(page_table, lengths, k_pages.shape[0])
+    if chosen == "reference":
         return attention_decode_reference(q, k_pages, v_pages, page_table, lengths)
-    return torch.ops.engine.attention_decode(
+    return kernel("attention_decode")(
         q.contiguous(),
         k_pages.contiguous(),
         v_pages.contiguous(),
@@ -135,7 +138,9 @@ def _check_shapes(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
 
 
 def check_pages(page_table: Tensor, lengths: Tensor, num_pages: int) -> None:
-    """1 <= length <= maxpages * PAGE, and the pages that a length reaches exist."""
+    """1 <= length <= maxpages * PAGE, and the pages that a length reaches exist. Looked at on the CPU only."""
+    if lengths.device.type != "cpu" or page_table.device.type != "cpu":
+        return
     for r, length in enumerate(lengths.tolist()):
         if not 1 <= length <= page_table.shape[1] * PAGE:
             raise ValueError(
