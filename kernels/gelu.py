@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -35,7 +35,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     x = x.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return _Gelu.apply(x, approximate == "tanh")
-    return torch.ops.engine.gelu(x, approximate == "tanh")
+    return kernel("gelu")(x, approximate == "tanh")
 
 
 class _Gelu(torch.autograd.Function):
@@ -43,13 +43,13 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tanh: bool) -> Tensor:
         ctx.save_for_backward(x)
         ctx.tanh = tanh
-        return torch.ops.engine.gelu(x, tanh)
+        return kernel("gelu")(x, tanh)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return torch.ops.engine.gelu_backward(grad.contiguous(), x, ctx.tanh), None
+        return kernel("gelu_backward")(grad.contiguous(), x, ctx.tanh), None
 
 
 define("gelu(Tensor x, bool tanh) -> Tensor", lambda x, tanh: torch.empty_like(x))

@@ -6,7 +6,12 @@ from gradients import DTYPES, check_against_float64, equal, result_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kernels.layernorm import layernorm, layernorm_reference
+from engine.kernels.layernorm import (
+    layernorm,
+    layernorm_reference,
+    layernorm_residual,
+    layernorm_residual_reference,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +82,47 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.engine.layernorm_backward.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_a_residual_stream(cpu_class, dtype):
+    """y and sum side by side, so that both have a gradient."""
+
+    def joined(op):
+        return lambda *inputs: torch.cat(op(*inputs))
+
+    x, residual, grad = torch.randn(5, 37), torch.randn(5, 37) + 1, torch.randn(10, 37)
+    inputs = x, residual, torch.randn(37), torch.randn(37)
+    reference = joined(layernorm_residual_reference)
+    check_against_float64(joined(layernorm_residual), reference, inputs, grad, units=8)
+    check_against_float64(joined(layernorm_residual), reference, inputs[:3], grad, units=8)
+    y, total = layernorm_residual(x.to(dtype), *inputs[1:])
+    assert torch.equal(total, x.to(dtype) + residual) and y.dtype == dtype
+    assert torch.equal(y, layernorm(total, *inputs[2:], out_dtype=dtype))
+
+
+def test_residual_stream_on_the_definition():
+    shapes = (3, 5), (3, 5), (5,), (5,)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(layernorm_residual, inputs)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_shapes_of_the_residual_ops(x_dtype):
+    x, stream, weight, rstd = (torch.empty(s, device="meta") for s in ((4, 9), (4, 9), (9,), (4,)))
+    ops = torch.ops.engine
+    y, total, mean, scale = ops.layernorm_residual(
+        x.to(x_dtype), stream, weight, None, 1e-6, torch.bfloat16
+    )
+    assert (y.dtype, total.dtype, mean.shape) == (torch.bfloat16, torch.float32, scale.shape)
+    d_x, d_residual, *vectors = ops.layernorm_residual_backward(
+        y, stream, total, weight, rstd, rstd, x_dtype
+    )
+    assert d_x.shape == ((0,) if x_dtype == torch.float32 else (4, 9)) and d_x.dtype == x_dtype
+    assert d_residual.shape == (4, 9) and [v.shape for v in vectors] == [(9,), (9,)]
+
+
 def test_inputs_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"residual: got shapes \(2, 5\), \(2, 4\) .*want both"):
+        layernorm_residual(torch.zeros(2, 5), torch.zeros(2, 4), torch.zeros(5))
     with pytest.raises(ValueError, match=r"bias: got shape \(4,\), want \(5,\)"):
         layernorm(torch.zeros(2, 5), torch.zeros(5), torch.zeros(4))
     with pytest.raises(ValueError, match=r"x: got shape \(5,\), want \(N, H\)"):

@@ -6,7 +6,12 @@ from gradients import DTYPES, check_against_float64, equal, result_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from engine.kernels.rmsnorm import (
+    rmsnorm,
+    rmsnorm_reference,
+    rmsnorm_residual,
+    rmsnorm_residual_reference,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +75,51 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.engine.rmsnorm_backward.default, (grad, x, weight, rstd))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_a_residual_stream(cpu_class, dtype):
+    """y and sum side by side, so that both have a gradient."""
+
+    def joined(op):
+        return lambda *inputs: torch.cat(op(*inputs))
+
+    x, residual, weight = torch.randn(5, 37), torch.randn(5, 37), torch.randn(37)
+    check_against_float64(
+        joined(rmsnorm_residual),
+        joined(rmsnorm_residual_reference),
+        (x, residual, weight),
+        torch.randn(10, 37),
+        units=8,
+    )
+    y, total = rmsnorm_residual(x.to(dtype), residual, weight)
+    assert torch.equal(total, x.to(dtype) + residual) and y.dtype == dtype
+    assert torch.equal(y, rmsnorm(total, weight, out_dtype=dtype))
+
+
+def test_residual_stream_on_the_definition():
+    shapes = (3, 5), (3, 5), (5,)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(rmsnorm_residual, inputs)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_shapes_of_the_residual_ops(x_dtype):
+    x, stream, weight, rstd = (torch.empty(s, device="meta") for s in ((4, 9), (4, 9), (9,), (4,)))
+    ops = torch.ops.engine
+    y, total, scale = ops.rmsnorm_residual(x.to(x_dtype), stream, weight, 1e-6, torch.bfloat16)
+    assert (y.dtype, total.dtype, scale.shape) == (torch.bfloat16, torch.float32, (4,))
+    d_x, d_residual, d_weight = ops.rmsnorm_residual_backward(
+        y, stream, total, weight, rstd, x_dtype
+    )
+    assert d_x.shape == ((0,) if x_dtype == torch.float32 else (4, 9)) and d_x.dtype == x_dtype
+    assert d_residual.shape == (4, 9) and d_weight.shape == (9,)
+
+
 def test_inputs_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"residual: got shapes \(2, 5\), \(2, 4\) .*want both"):
+        rmsnorm_residual(torch.zeros(2, 5), torch.zeros(2, 4), torch.zeros(5))
+    with pytest.raises(ValueError, match="torch.bfloat16, want both .* residual torch.float32"):
+        half = torch.zeros(2, 5, dtype=torch.bfloat16)
+        rmsnorm_residual(half, half, torch.zeros(5))
     with pytest.raises(ValueError, match=r"weight: got shape \(4,\), want \(5,\)"):
         rmsnorm(torch.zeros(2, 5), torch.zeros(4))
     with pytest.raises(ValueError, match="weight: got dtype torch.bfloat16, want torch.float32"):

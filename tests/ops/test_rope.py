@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from compare import assert_close
 from gradients import DTYPES, check_against_float64, equal, result_and_gradients
 
-from engine.kernels.rope import rope, rope_reference
+from engine.kernels.attention_decode import PAGE, page_shapes, read_pages, write_pages
+from engine.kernels.rope import rope, rope_and_write, rope_and_write_reference, rope_reference
 
 
 def angles(positions: int, rot: int) -> torch.Tensor:
@@ -62,6 +64,67 @@ def test_tokens_are_independent(cpu_class, threads, dtype):
     x = torch.randn(2000, 3, 24).to(dtype)
     part = rope(x[777:900], positions[777:900], table)
     assert equal([rope(x, positions, table)[777:900]], [part])
+
+
+def new_tokens(dtype):
+    """q, k, v, positions, table of 7 tokens, and their slots in 2 pages."""
+    q, k, v = (torch.randn(7, heads, 20).to(dtype) for heads in (6, 2, 2))
+    slots = torch.randperm(2 * PAGE)[:7]
+    return q, k, v, torch.randint(0, 50, (7,)), angles(50, 16), slots
+
+
+def pages(dtype):
+    return [torch.zeros(2, *shape, dtype=dtype) for shape in page_shapes(2, 20, dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_dtype", DTYPES)
+def test_rope_and_write(cpu_class, dtype, page_dtype):
+    *inputs, slots = new_tokens(dtype)
+    wide, results = [x.double() if x.is_floating_point() else x for x in inputs], []
+    for op, values, kind in (
+        (rope_and_write, inputs, page_dtype),
+        (rope_and_write_reference, inputs, page_dtype),
+        (rope_and_write, wide, torch.float64),
+    ):
+        cache = pages(kind)
+        out = op(*values, *cache, slots)
+        results.append([out, *read_pages(*cache)])
+    for name, ours, plain, truth in zip(("q", "keys", "values"), *results, strict=True):
+        assert ours.dtype == plain.dtype
+        assert_close(ours, plain, truth, name)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def test_rope_and_write_is_rope_and_the_write(cpu_class):
+    q, k, v, positions, table, slots = new_tokens(torch.bfloat16)
+    k.requires_grad_()
+    ours, theirs = pages(torch.bfloat16), pages(torch.bfloat16)
+    out = rope_and_write(q, k, v, positions, table, *ours, slots)
+    write_pages(*theirs, slots, rope(k.detach(), positions, table), v)
+    assert equal([out, *ours], [rope(q, positions, table), *theirs])
+    assert not ours[0].requires_grad, "the cache has no gradient"
+
+
+def test_what_rope_and_write_refuses(cpu_class):
+    q, k, v, positions, table, slots = new_tokens(torch.bfloat16)
+    k_pages, v_pages = pages(torch.bfloat16)
+    good = (q, k, v, positions, table, k_pages, v_pages, slots)
+
+    def refused(message, **changes):
+        names = ("q", "k", "v", "positions", "table", "k_pages", "v_pages", "slots")
+        with pytest.raises(ValueError, match=message):
+            rope_and_write(**{**dict(zip(names, good, strict=True)), **changes})
+
+    refused("slots: got 32 ... 32, want 0 ... 31", slots=torch.full((7,), 32))
+    refused("slots: got -1 ... 6", slots=torch.arange(7) - (torch.arange(7) == 0).long())
+    refused("slots: got torch.int32", slots=slots.int())
+    refused("positions.*got .*want 0 ... 49", positions=torch.full((7,), 50))
+    refused("k_pages: got torch.float32 .*want contiguous", k_pages=k_pages.float())
+    refused("v_pages: got .*want contiguous", v_pages=v_pages.mT.contiguous().mT)
+    refused("q, k, v: got .*want one dtype", v=v.float())
+    refused("q, k, v: got .*want one dtype", k=k[:, :1])
+    assert k_pages.eq(0).all() and v_pages.eq(0).all()
 
 
 def test_gradcheck_of_the_definition():
