@@ -28,6 +28,23 @@ def check_denominator(denominator: Tensor | float | None) -> float | None:
     return value
 
 
+def divided_later(denominator: Tensor | float | None, dtype: torch.dtype) -> bool:
+    """Is the denominator a number on a GPU, by which the undivided loss is divided there?
+
+    Reading it would wait for all that was launched before; so its value is not checked. In float32 only: the undivided
+    sum of a half could overflow, and the number is read after all.
+    """
+    if not isinstance(denominator, Tensor) or denominator.device.type == "cpu":
+        return False
+    return denominator.numel() == 1 and dtype == torch.float32
+
+
+def divided(loss: Tensor, denominator: Tensor | float | None) -> Tensor:
+    """loss / denominator for a denominator that is `divided_later`, in the dtype of the loss."""
+    assert isinstance(denominator, Tensor)
+    return (loss / denominator.reshape(())).to(loss.dtype)
+
+
 def refuse_second_gradient(op: str) -> None:
     """In a backward: the C++ gradients have no gradient of their own (create_graph=True asks)."""
     if torch.is_grad_enabled():

@@ -6,7 +6,8 @@
 
 value_t is the value of the state *before* token t; after an episode's last token the value is `bootstrap` (0: the
 episode has ended there) and the advantage is 0. Episodes of any length, none included, lie one after the other in the
-N tokens. Numerics: float32 in and out, the recursion in float64 in C++; the definition runs in the dtype it is given.
+N tokens. Numerics: float32 in and out, the recursion in float64 in C++ and Triton; the definition runs in the
+dtype it is given.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from ._check import check_offsets, check_vector
 
 
@@ -62,7 +63,7 @@ def gae(
         return gae_reference(reward, value, cu, gamma, lam, bootstrap)
     if bootstrap is None:
         bootstrap = value.new_zeros(cu.numel() - 1)
-    return torch.ops.engine.gae(
+    return kernel("gae")(
         reward.contiguous(), value.contiguous(), cu.contiguous(), bootstrap.contiguous(), gamma, lam
     )
 
@@ -74,7 +75,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
 
 def _backward(ctx: Any, grad_advantage: Tensor, grad_returns: Tensor) -> tuple[Tensor | None, ...]:
     (cu,) = ctx.saved_tensors
-    gradients = torch.ops.engine.gae_backward(
+    gradients = kernel("gae_backward")(
         grad_advantage.contiguous(), grad_returns.contiguous(), cu, ctx.gamma, ctx.lam
     )
     grad_reward, grad_value, grad_bootstrap = gradients

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from ._check import check_offsets, check_vector
 from ._loss import refuse_second_gradient
 
@@ -97,7 +97,7 @@ def kl_reward(
         return kl_reward_reference(logprob, ref_logprob, score, cu, beta, estimator, score_at)
     tensors = [x.contiguous() for x in (logprob, ref_logprob, score, cu)]
     kind, after_end = ESTIMATORS.index(estimator), score_at == "eos_plus_one"
-    return torch.ops.engine.kl_reward(*tensors, beta, kind, after_end)
+    return kernel("kl_reward")(*tensors, beta, kind, after_end)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -108,7 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_reward: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_gradient("kl_reward")
     logprob, ref_logprob, cu = ctx.saved_tensors
-    grad_logprob, grad_ref_logprob, grad_score = torch.ops.engine.kl_reward_backward(
+    grad_logprob, grad_ref_logprob, grad_score = kernel("kl_reward_backward")(
         grad_reward.contiguous(),
         grad_kl.contiguous(),
         logprob,

@@ -15,9 +15,9 @@ the whole batch.
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from ._check import check_vector
-from ._loss import check_denominator, register_loss
+from ._loss import check_denominator, divided, divided_later, register_loss
 
 # With u = logprob - old_logprob (after the clamp) and rho = e^u, summed over tokens:
 SUMS = ("tokens", "clipped", "-u", "u^2", "rho - 1 - u", "rho - 1", "(rho - 1)^2")
@@ -76,6 +76,11 @@ def ppo_policy_loss_and_sums(
         raise ValueError(f"clip: got {clip}, want a finite number >= 0")
     if log_ratio_clamp is not None and not log_ratio_clamp > 0:
         raise ValueError(f"log_ratio_clamp: got {log_ratio_clamp}, want a number > 0, or None")
+    if divided_later(denominator, logprob.dtype):
+        loss, sums = ppo_policy_loss_and_sums(
+            logprob, old_logprob, advantage, clip, denominator=1.0, log_ratio_clamp=log_ratio_clamp
+        )
+        return divided(loss, denominator), sums
     divisor = check_denominator(denominator)
     if choose("ppo_policy_loss", logprob, old_logprob, advantage) == "reference":
         return ppo_policy_loss_reference(
@@ -84,7 +89,7 @@ def ppo_policy_loss_and_sums(
     divisor = float(max(logprob.numel(), 1)) if divisor is None else divisor
     limit = float("inf") if log_ratio_clamp is None else log_ratio_clamp
     tensors = [x.contiguous() for x in (logprob, old_logprob, advantage)]
-    loss, sums, _ = torch.ops.engine.ppo_policy_loss(*tensors, clip, divisor, limit)
+    loss, sums, _ = kernel("ppo_policy_loss")(*tensors, clip, divisor, limit)
     return loss, sums
 
 

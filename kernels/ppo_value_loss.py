@@ -11,9 +11,9 @@ written as old_value + clamp(value - old_value) its rounding alone would make te
 import torch
 from torch import Tensor
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from ._check import check_vector
-from ._loss import check_denominator, register_loss
+from ._loss import check_denominator, divided, divided_later, register_loss
 
 
 def ppo_value_loss_reference(
@@ -54,13 +54,16 @@ def ppo_value_loss_and_sums(
         check_vector(name, x, value.numel(), value.dtype)
     if clip is not None and not 0 <= clip < float("inf"):
         raise ValueError(f"clip: got {clip}, want a finite number >= 0, or None for no clipping")
+    if divided_later(denominator, value.dtype):
+        loss, sums = ppo_value_loss_and_sums(value, old_value, returns, clip, denominator=1.0)
+        return divided(loss, denominator), sums
     divisor = check_denominator(denominator)
     if choose("ppo_value_loss", value, old_value, returns) == "reference":
         return ppo_value_loss_reference(value, old_value, returns, clip, divisor)
     divisor = float(max(value.numel(), 1)) if divisor is None else divisor
     limit = float("inf") if clip is None else clip
     tensors = [x.contiguous() for x in (value, old_value, returns)]
-    loss, sums, _ = torch.ops.engine.ppo_value_loss(*tensors, limit, divisor)
+    loss, sums, _ = kernel("ppo_value_loss")(*tensors, limit, divisor)
     return loss, sums
 
 

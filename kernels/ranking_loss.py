@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from ._check import check_offsets, check_vector
-from ._loss import check_denominator, register_loss
+from ._loss import check_denominator, divided, divided_later, register_loss
 
 REDUCTIONS = ("prompt_mean_valid", "prompt_mean_allpairs", "pair_mean")
 
@@ -88,7 +88,8 @@ def check_ranking(rank: Tensor, cu: Tensor, reduction: str) -> None:
         raise ValueError(
             f"rank: got {rank.dtype} of shape {tuple(rank.shape)}, want (N,) integers or floats"
         )
-    if rank.device.type != "meta" and rank.is_floating_point() and not rank.isfinite().all():
+    # on the CPU only: on a GPU reading them would wait for all that was launched before
+    if rank.device.type == "cpu" and rank.is_floating_point() and not rank.isfinite().all():
         at = int((~rank.isfinite()).nonzero()[0])
         raise ValueError(
             f"rank[{at}]: got {float(rank[at])}, want a finite number;"
@@ -114,11 +115,14 @@ def ranking_loss(
     """
     check_ranking(rank, cu, reduction)
     check_vector("score", score, rank.numel(), score.dtype)
+    if divided_later(denominator, score.dtype):
+        loss, num_pairs, num_correct = ranking_loss(score, rank, cu, reduction, denominator=1.0)
+        return divided(loss, denominator), num_pairs, num_correct
     divisor = check_denominator(denominator)
     if choose("ranking_loss", score) == "reference":
         return ranking_loss_reference(score, rank, cu, reduction, divisor)
     wide_rank = rank.double().contiguous()
-    loss, num_pairs, num_correct, _ = torch.ops.engine.ranking_loss(
+    loss, num_pairs, num_correct, _ = kernel("ranking_loss")(
         score.contiguous(), wide_rank, cu.contiguous(), REDUCTIONS.index(reduction), divisor
     )
     return loss, num_pairs, num_correct

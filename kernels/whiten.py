@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._backend import choose, define
+from ._backend import choose, define, kernel
 from ._loss import refuse_second_gradient
 
 EPS = 1e-8
@@ -63,7 +63,7 @@ def whiten(
         )
     if choose("whiten", x) == "reference" or group is not None:
         return whiten_reference(x, shift_mean, group)
-    return torch.ops.engine.whiten(x.contiguous(), shift_mean)
+    return kernel("whiten")(x.contiguous(), shift_mean)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     refuse_second_gradient("whiten")
     (x,) = ctx.saved_tensors
-    return torch.ops.engine.whiten_backward(grad.contiguous(), x, ctx.shift_mean), None
+    return kernel("whiten_backward")(grad.contiguous(), x, ctx.shift_mean), None
 
 
 define("whiten(Tensor x, bool shift_mean) -> Tensor", lambda x, shift_mean: torch.empty_like(x))
