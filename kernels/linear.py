@@ -8,8 +8,14 @@ function of its own row of x alone: the same bits for any number of rows, any pl
 any number of threads. Gradients of the weight go to its float32 master (N, K). With bfloat16
 storage on class `amx` the products take bfloat16 operands (x and the gradient are rounded) and
 accumulate in float32; elsewhere x stays as it is and only the weight is bfloat16.
+
+On a GPU the weight is read row-major, x and the gradient are rounded to its dtype, and the products
+are the library's, whose bits depend on the number of rows; inside `exact_products()` y's do not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +23,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import choose, cpu_class, define, kernels_usable
+from ._backend import choose, cpu_class, define, kernel, kernels_usable
 from ._memory import Slabs
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
+_exact: ContextVar[bool] = ContextVar("engine_exact_products", default=False)
 _PANEL = {"amx": 32, "avx512": 32, "avx2": 16}  # columns, other classes 8: csrc/cpu/gemm.h
+
+
+@contextmanager
+def exact_products(wanted: bool = True) -> Iterator[None]:
+    """Inside the block a row of y on a GPU is a function of its own row of x alone, as on the CPU; slower.
+
+    `wanted` false: the library's products, which is the default.
+    """
+    token = _exact.set(wanted)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def exact_forced() -> bool:
+    """Is this inside `exact_products()`?"""
+    return _exact.get()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +150,14 @@ def linear(
         raise ValueError(
             f"master: got shape {tuple(master.shape)}, want {tuple(weight.dense.shape)}"
         )
-    if choose("linear", x, weight.dense) == "reference":
+    backend = choose("linear", x, weight.dense)
+    if backend == "reference":
         return linear_reference(x, weight, bias, master, out_dtype)
     wide_bias = None if bias is None else bias.float().contiguous()
-    return torch.ops.engine.linear(
+    return kernel("linear")(
         x.contiguous(),
         weight.dense,
-        packed_data(weight),
+        packed_data(weight) if backend == "cpp" else weight.dense,  # nothing is packed for Triton
         wide_bias,
         master,
         out_dtype or x.dtype,
@@ -147,7 +173,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, dense = ctx.saved_tensors
     need_x, _, _, need_bias, need_master, _ = ctx.needs_input_grad
-    dx, dw, db = torch.ops.engine.linear_backward(
+    dx, dw, db = kernel("linear_backward")(
         grad.contiguous(), x, dense, need_x, need_master, need_bias
     )
     grad_master = dw.to(ctx.master_dtype) if need_master else None
@@ -155,6 +181,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _fake_pack(dense: Tensor) -> Tensor:
+    if dense.is_cuda:
+        return dense.new_empty(0, dtype=torch.uint8)
     width = _PANEL.get(cpu_class(), 8)
     depth = -(-dense.shape[1] // 32) * 32 if _tiles(dense.dtype) else dense.shape[1]
     panel_bytes = depth * width * dense.element_size()
