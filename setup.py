@@ -5,6 +5,10 @@ amx), each with its own flags, and one class is chosen when the library is loade
 any machine. The other half, checks and registration, is compiled once, over a precompiled copy of torch's headers.
 Objects are kept in build/objects and made again only when what they are made from has changed. Without a compiler
 nothing is built and the engine runs on the torch definitions; it says so when it starts.
+
+Where torch is a CUDA build and nvcc is at hand, the kernels of csrc/cuda are built beside it, as `engine/_cuda*.so`:
+in torch's stable ABI, so that one build serves later versions of torch. Elsewhere a line says why not; a GPU then runs
+Triton's kernels for these ops too.
 """
 
 import os
@@ -15,7 +19,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 OBJECTS = ROOT / "build" / "objects"
@@ -27,6 +32,15 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CLASSES = {"plain": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA_OBJECTS = ROOT / "build" / "cuda"
+CUDA_CODES = (80, 90, 100)  # A100, H100, B200; other GPUs of these generations run the same code
+CUDA_TORCH = (2, 10)  # whose stable ABI the launchers use
+# Nothing is contracted that is not written as fma, so that the tests' emulation (csrc/cuda/emulated) rounds alike.
+CUDA_FLAGS = [
+    *("-O3", "-std=c++20", "-fmad=false", "-DUSE_CUDA", "-Xcompiler", "-fPIC"),
+    f"-DTORCH_TARGET_VERSION={CUDA_TORCH[0] << 56 | CUDA_TORCH[1] << 48:#018x}",
+]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 
 
@@ -73,7 +87,7 @@ def made_from(source: Path) -> set[Path]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            names = re.findall(r'#include "(\w+\.h)"', path.read_text())
+            names = re.findall(r'#include "(\w+\.(?:h|cuh))"', path.read_text())
             waiting += [path.parent / name for name in names]
     return found
 
@@ -141,6 +155,83 @@ def compile_kernels() -> list[str]:
         return [half.result() for half in halves]
 
 
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    inside = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    return inside or shutil.which("nvcc")
+
+
+def nvcc_says(option: str) -> str:
+    command = [str(nvcc()), option]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def nvcc_version() -> str:
+    found = re.search(r"release (\d+\.\d+)", nvcc_says("--version"))
+    return found[1] if found else "unknown"
+
+
+def why_no_cuda() -> str:
+    """Why csrc/cuda cannot be built here, or nothing."""
+    import torch
+
+    wanted = ".".join(map(str, CUDA_TORCH))
+    if not CUDA_SOURCES:
+        return "this copy of the sources has no csrc/cuda"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if torch.__version__ < wanted:
+        return f"torch {torch.__version__} is older than {wanted}"
+    if nvcc() is None:
+        return f"no nvcc on the path or in CUDA_HOME; install CUDA {torch.version.cuda}'s compiler"
+    if nvcc_version().split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {nvcc_version()}, torch of {torch.version.cuda}"
+    return ""
+
+
+def cuda_code_flags() -> list[str]:
+    """Machine code for each GPU that this nvcc knows, and PTX of the newest for those that come later."""
+    known = nvcc_says("--list-gpu-code").split()
+    codes = [code for code in CUDA_CODES if f"sm_{code}" in known]
+    flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    return [*flags, f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}"]
+
+
+def nvcc_command() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    return [str(nvcc()), "-ccbin", str(compiler()), *CUDA_FLAGS, *(f"-I{path}" for path in include_paths())]
+
+
+def compile_cuda(target: Path) -> None:
+    """csrc/cuda/*.cu -> one library of operators, which torch.ops.load_library loads."""
+    from torch.utils.cpp_extension import library_paths
+
+    command = [*nvcc_command(), *cuda_code_flags()]
+    empty_unless(CUDA_OBJECTS, f"{stamp()} {command} {nvcc_version()}")
+    objects = [CUDA_OBJECTS / f"{source.stem}.o" for source in CUDA_SOURCES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pairs = zip(objects, CUDA_SOURCES, strict=True)
+        done = [pool.submit(make, made, source, [*command, "-c", str(source)]) for made, source in pairs]
+        for each in done:
+            each.result()
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10"]
+    link = [str(nvcc()), "-ccbin", str(compiler()), "-shared", "-cudart", "shared", *map(str, objects)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([*link, *libraries, "-o", str(target)], check=True)
+
+
+def cuda_extensions() -> list[Extension]:
+    """`engine._cuda`, or nothing, with the reason on the terminal."""
+    reason = why_no_cuda()
+    if reason:
+        print(f"engine: installing without CUDA C++ kernels (a GPU runs Triton's instead): {reason}")
+        return []
+    used = sorted({path for source in CUDA_SOURCES for path in made_from(source)})
+    depends = [str(path.relative_to(ROOT)) for path in used]
+    return [Extension("engine._cuda", [], depends=depends, optional=True)]
+
+
 def build_command() -> dict[str, type]:
     from torch.utils.cpp_extension import BuildExtension
 
@@ -150,6 +241,14 @@ def build_command() -> dict[str, type]:
         def build_extensions(self) -> None:
             self.extensions[0].extra_objects.extend(compile_kernels())
             super().build_extensions()
+
+        def build_extension(self, extension: Extension) -> None:
+            if extension.name != "engine._cuda":
+                return super().build_extension(extension)
+            try:
+                compile_cuda(Path(self.get_ext_fullpath(extension.name)))
+            except subprocess.CalledProcessError as error:  # it is optional: setuptools prints this and goes on
+                raise CompileError(f"CUDA C++ kernels: {error}") from error
 
     return {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
 
@@ -172,7 +271,7 @@ def extension_arguments() -> dict[str, object]:
         extra_compile_args=[*FLAGS, "-fopenmp", "-g0"],
         extra_link_args=["-fopenmp", "-s"],
     )
-    return {"ext_modules": [extension], "cmdclass": build_command()}
+    return {"ext_modules": [extension, *cuda_extensions()], "cmdclass": build_command()}
 
 
 if __name__ == "__main__":  # pip runs this file as the main one; tests import its functions
