@@ -15,6 +15,7 @@ from engine.data.rows import DataSource
 from engine.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def require(condition: bool, key: str, value: object, want: str) -> None:
@@ -72,10 +73,14 @@ class RunConfig:
     """Let special tokens written in the data's text act as control tokens (off: they are plain text)."""
     dtype: Dtype = "auto"
     """Compute copy of the weights; masters are float32. auto: bfloat16 where our kernels do the products."""
+    device: Device = "auto"
+    """Where models compute; cuda is AMD's too. auto: the GPU where torch sees one."""
     threads: int | None = None
     """CPU threads (default: the cores that this process may use)."""
     cpu_class: Literal["amx", "avx512", "avx2", "plain"] | None = None
     """A class of CPU kernels below the machine's own (default: the machine's)."""
+    exact_logprobs: bool = False
+    """On a GPU: products whose bits do not depend on the batch, nor then do log-probs; slower. On a CPU always so."""
     micro_batch_tokens: int = 4096
     """Tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
     seed: int = 0

@@ -31,6 +31,7 @@ from engine.generate.scheduler import Limits
 from engine.model import transformer
 from engine.model.transformer import Model
 from engine.model.weights import load_policy, save_policy
+from engine.run.device import to_host
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]  # text, a chat, or token ids
@@ -69,6 +70,7 @@ class HybridEngine:
         dtype: str = "auto",
         trainable: bool = False,
         limits: Limits | None = None,
+        device: str = "auto",
     ) -> HybridEngine:
         """Load a Hugging Face folder or hub id (safetensors, never remote code).
 
@@ -77,13 +79,15 @@ class HybridEngine:
             dtype: of the compute copy: "auto", "bfloat16" or "float32".
             trainable: keep float32 masters beside it.
             limits: sequences decoded together and memory for keys and values (None: the defaults).
+            device: "cpu", "cuda", or "auto": the GPU where there is one.
 
         Raises:
             ModelError: no such folder, or not a model (with a tokenizer) that this engine runs.
+            ConfigError: a device that is not there.
         """
         with ThreadPoolExecutor(1) as beside:  # Python imports for a second while C++ packs weights
             tokenizer = beside.submit(load_tokenizer, folder)
-            model = load_policy(folder, dtype=dtype, trainable=trainable)
+            model = load_policy(folder, dtype=dtype, trainable=trainable, device=device)
             return cls(model, tokenizer.result(), limits)
 
     @property
@@ -194,9 +198,9 @@ class HybridEngine:
         for chosen in cut_by_tokens([len(s) for s in sequences], self.score_tokens):
             batch = pack_sequences([sequences[i] for i in chosen])
             shift = predictions(batch)
-            hidden = transformer.forward(self.model, batch)[shift.rows]
+            hidden = transformer.chosen_rows(transformer.forward(self.model, batch), shift.rows)
             values, _ = transformer.logprobs(self.model, hidden, shift.targets, temperature)
             lengths = shift.cu.long().diff().tolist()
-            for i, part in zip(chosen, torch.split(values, lengths), strict=True):
+            for i, part in zip(chosen, torch.split(to_host(values), lengths), strict=True):
                 results[i] = part.clone()
         return results

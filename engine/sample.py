@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jsonargparse
 
-from engine.config import Dtype, RunConfig, not_negative, positive, require
+from engine.config import Device, Dtype, RunConfig, not_negative, positive, require
 from engine.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:  # torch is imported when the machine is settled, in main
@@ -76,6 +76,8 @@ class SampleConfig:
     """Scores no further apart than this are a tie."""
     dtype: Dtype = "auto"
     """Weights of the compute copy. auto: bfloat16 where our kernels do the products."""
+    device: Device = "auto"
+    """Where the model computes; cuda is AMD's too. auto: the GPU where torch sees one."""
     threads: int | None = None
     """CPU threads (default: the cores that this process may use)."""
     cpu_class: Literal["amx", "avx512", "avx2", "plain"] | None = None
@@ -220,7 +222,9 @@ def sample(config: SampleConfig) -> Path:
     set_threads(config.threads)
     function = import_function(config.rank_with) if config.rank_with else None
     limits = Limits(config.max_active, config.kv_cache_gb)
-    engine = HybridEngine.from_pretrained(config.model_name_or_path, config.dtype, limits=limits)
+    engine = HybridEngine.from_pretrained(
+        config.model_name_or_path, config.dtype, limits=limits, device=config.device
+    )
     room = engine.model.architecture.max_positions - config.max_new_tokens
     data = load_prompts(
         [DataSource(config.dataset_name, config.dataset_split)],

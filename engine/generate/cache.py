@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.kernels._memory import zeros_in_large_pages
 from engine.kernels.attention_decode import PAGE, page_shapes, write_pages
+from engine.run.device import to_device
 
 
 def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -59,7 +60,7 @@ class PageCache:
         """Copy pages (source, destination), in every layer."""
         if not pairs:
             return
-        source, destination = torch.tensor(pairs, device=self.keys[0].device).unbind(-1)
+        source, destination = to_device(torch.tensor(pairs), self.keys[0].device).unbind(-1)
         for pages in (*self.keys, *self.values):
             pages.index_copy_(0, destination, pages.index_select(0, source))
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.generate.cache import PageCache, page_bytes
+from engine.generate.cache import page_bytes
 from engine.generate.sampling import Sampling
 from engine.generate.scheduler import Admission, Limits, Request, Scheduler, Start
 from engine.generate.steps import Drawn, Rows, Steps, steps_for
@@ -103,10 +103,9 @@ def generate(
         page_bytes(layers, kv_heads, head_dim, model.kv_dtype),
         PAGE,
     )
-    cache = PageCache(layers, scheduler.num_pages, kv_heads, head_dim, model.kv_dtype)
     longest = max((len(prompt) for prompt in prompts), default=0) + settings.max_new_tokens
-    steps = steps_for(model, cache, settings, longest)
-    run = _Run(steps, cache, scheduler, settings, eos_ids, seed)
+    steps = steps_for(model, scheduler.num_pages, settings, longest)
+    run = _Run(steps, scheduler, settings, eos_ids, seed)
     while not scheduler.done:
         run.start(scheduler.admit(), prompts, episodes, n)
         run.step()
@@ -132,13 +131,12 @@ class _Run:
     def __init__(
         self,
         steps: Steps,
-        cache: PageCache,
         scheduler: Scheduler,
         settings: Sampling,
         eos_ids: frozenset[int],
         seed: int,
     ) -> None:
-        self._steps, self._cache, self._scheduler = steps, cache, scheduler
+        self._steps, self._scheduler = steps, scheduler
         self._settings, self._eos_ids, self._seed = settings, eos_ids, seed
         self._running: list[_Sequence] = []
         self._rows: Rows | None = None  # of the running ones, while they stay the same
@@ -160,7 +158,7 @@ class _Run:
             self._prompt_rows.update(zip(requests, rows, strict=True))
         if not admission.starts:
             return
-        self._cache.copy([start.copy for start in admission.starts if start.copy is not None])
+        self._steps.cache.copy([start.copy for start in admission.starts if start.copy is not None])
         ids = [episodes[start.request * n + start.sample] for start in admission.starts]
         positions = np.arange(self._settings.max_new_tokens)
         draws = streams.uniform(self._seed, "sample", [[i] for i in ids], positions)

@@ -1,7 +1,8 @@
 """What one model runs for a batch of sequences: whole prompts (prefill), or one token each and the next one's draw.
 
-On the engine's kernels a step is one call (``transformer_step``); without them it is the network's definition,
-layer by layer. Both keep keys and values in the same pages, and both follow the same law.
+On the CPU's kernels a step is one call (``transformer_step``), on a GPU's one replay of a graph (``graph.py``); without
+kernels it is the network's definition, layer by layer. All keep keys and values in the same pages, and all follow the
+same law. Rows come from the host, and draws go back to it.
 
 Letters: N packed prompt tokens, P prompts, R rows of a decode step (one a running sequence), H hidden.
 """
@@ -18,13 +19,14 @@ from torch import Tensor
 from engine.data.pack import cut_by_tokens, last_rows, pack_sequences
 from engine.generate.cache import PageCache, prompt_slots
 from engine.generate.sampling import Sampling, draw, filtered_law
-from engine.kernels._backend import kernels_usable
+from engine.kernels._backend import forced_backend, kernels_usable
 from engine.kernels.attention import attention
 from engine.kernels.attention_decode import PAGE, attention_decode
 from engine.kernels.linear_sample import linear_sample
 from engine.kernels.transformer_step import TransformerStep
 from engine.model.network import step_network
-from engine.model.transformer import Model, hidden_states, logits
+from engine.model.transformer import Model, chosen_rows, hidden_states, logits
+from engine.run.device import to_device, to_host
 
 # of one call: what lies between its products stays in the last cache (768 tokens and more were slower)
 PREFILL_TOKENS = 512
@@ -51,6 +53,8 @@ class Drawn:
 class Steps(Protocol):
     """A model over one cache."""
 
+    cache: PageCache
+
     def prefill(
         self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
     ) -> Tensor:  # (P, H)
@@ -67,9 +71,18 @@ class Steps(Protocol):
         """Draw a token for each hidden row (R, H) by its uniform (R,)."""
 
 
-def steps_for(model: Model, cache: PageCache, settings: Sampling, longest: int) -> Steps:
-    """For sequences of at most ``longest`` tokens."""
-    if kernels_usable():
+def steps_for(model: Model, num_pages: int, settings: Sampling, longest: int) -> Steps:
+    """Over ``num_pages`` pages, for sequences of at most ``longest`` tokens."""
+    on_cpu, forced = model.device.type == "cpu", forced_backend()
+    if forced == "triton" or (model.device.type == "cuda" and forced is None):
+        from engine.generate.graph import GraphSteps  # which extends the steps of this file
+
+        return GraphSteps(model, num_pages, settings, longest)
+    a = model.architecture
+    cache = PageCache(
+        a.num_layers, num_pages, a.num_kv_heads, a.head_dim, model.kv_dtype, model.device
+    )
+    if on_cpu and kernels_usable():
         return KernelSteps(model, cache, settings, longest)
     return DefinedSteps(model, cache, settings)
 
@@ -78,39 +91,54 @@ class DefinedSteps:
     """Layer by layer, as the network is defined."""
 
     def __init__(self, model: Model, cache: PageCache, settings: Sampling) -> None:
-        self._model, self._cache, self._settings = model, cache, settings
+        self._model, self.cache, self._settings = model, cache, settings
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
     ) -> Tensor:  # (P, H)
         batch = pack_sequences(prompts)
+        device = self._model.device
         slots = torch.cat([prompt_slots(p, len(t)) for p, t in zip(pages, prompts, strict=True)])
+        slots, cu = to_device(slots, device), to_device(batch.cu_seqlens, device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._cache.write(layer, slots, k, v)
-            return attention(q, k, v, batch.cu_seqlens)
+            self.cache.write(layer, slots, k, v)
+            return attention(q, k, v, cu)
 
         hidden = hidden_states(self._model, batch.tokens, batch.positions, attend)
-        return hidden[last_rows(batch)]
+        return chosen_rows(hidden, last_rows(batch))
 
     def decode(self, rows: Rows, uniform: Tensor) -> Drawn:
-        cache, lengths = self._cache, (rows.positions + 1).int()
+        cache, device = self.cache, self._model.device
         page = rows.page_table.gather(1, (rows.positions // PAGE)[:, None]).squeeze(1)
-        slots = page.long() * PAGE + rows.positions % PAGE
+        slots = to_device(page.long() * PAGE + rows.positions % PAGE, device)
+        lengths = to_device((rows.positions + 1).int(), device)
+        page_table = to_device(rows.page_table, device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.write(layer, slots, k, v)
             pages = cache.keys[layer], cache.values[layer]
-            return attention_decode(q, *pages, rows.page_table, lengths)
+            return attention_decode(q, *pages, page_table, lengths)
 
         hidden = hidden_states(self._model, rows.tokens, rows.positions, attend)
         return self.draw(hidden, uniform)
 
     def draw(self, hidden: Tensor, uniform: Tensor) -> Drawn:
-        if self._settings.filters:
-            law = filtered_law(logits(self._model, hidden), self._settings)
-            return Drawn(*draw(law, uniform))
-        return Drawn(*linear_sample(hidden, self._model.head, uniform, self._settings.temperature))
+        settings, uniform = self._settings, to_device(uniform, hidden.device)
+        if settings.filters:
+            drawn = draw(filtered_law(logits(self._model, hidden), settings), uniform)
+        else:
+            drawn = linear_sample(hidden, self._model.head, uniform, settings.temperature)
+        return Drawn(*drawn) if hidden.device.type == "cpu" else on_host(*drawn)
+
+
+def on_host(tokens: Tensor, logprobs: Tensor, entropies: Tensor) -> Drawn:
+    """In one copy: float64 holds all three exactly."""
+    return read_draws(to_host(torch.stack([tokens.double(), logprobs.double(), entropies.double()])))
+
+
+def read_draws(values: Tensor) -> Drawn:  # (3, R) float64
+    return Drawn(values[0].long(), values[1].float(), values[2].float())
 
 
 class KernelSteps(DefinedSteps):

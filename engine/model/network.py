@@ -21,7 +21,8 @@ def step_network(model: Model, longest: int) -> Network:
     weights.check()
     table = None
     if a.rope is not None:
-        table = rope_table(a.rope, max(SMALLEST_TABLE, 1 << (longest - 1).bit_length()))
+        rows = max(SMALLEST_TABLE, 1 << (longest - 1).bit_length())
+        table = rope_table(a.rope, rows, model.device)
     return Network(
         embed_tokens=weights.table("embed_tokens.weight"),
         embed_positions=None if a.rope is not None else weights.table("embed_positions.weight"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
+from engine.run.device import HOST, to_device
 
 KINDS = ("default", "linear", "llama3")
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -63,12 +64,15 @@ class Rope:
 
 
 @functools.lru_cache(maxsize=8)
-def rope_table(rope: Rope, positions: int) -> Tensor:  # (P, R) float32, P >= positions
+def rope_table(
+    rope: Rope, positions: int, device: torch.device = HOST
+) -> Tensor:  # (P, R) float32, P >= positions
     """A table with at least this many rows, kept between calls.
 
-    A row does not depend on how many there are, so growing by doubling changes no result.
+    A row does not depend on how many there are, so growing by doubling changes no result. Angles are those of the
+    host's arithmetic on every device.
     """
-    return rope.table(positions)
+    return to_device(rope.table(positions), device)
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int, partial: bool) -> Rope:

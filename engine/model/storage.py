@@ -10,6 +10,7 @@ rounding to the master's ``.grad``, in float32. A frozen model has no masters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 from engine.errors import ModelError
 from engine.kernels._memory import Slabs
 from engine.kernels.linear import PackedWeight, linear, pack_weight, refresh_weight
+from engine.run.device import HOST
 
 from .names import Spec
 
@@ -37,6 +39,7 @@ class Weights:
             once a name, so no more than one tensor is held twice at any time.
         dtype: storage dtype of the compute copy, bfloat16 or float32.
         trainable: keep float32 masters too.
+        device: where all of them lie.
     """
 
     def __init__(
@@ -45,23 +48,26 @@ class Weights:
         read: Callable[[str], Tensor],
         dtype: torch.dtype,
         trainable: bool,
+        device: torch.device = HOST,
     ) -> None:
         self.specs = dict(specs)
         self.dtype = dtype
+        self.device = device
         self.version = 0
         self.masters: dict[str, Parameter] = {}
         self._packed: dict[str, PackedWeight] = {}
         self._slabs = Slabs()
         self._plain: dict[str, Tensor] = {}
+        self._fused: dict[tuple[str, ...], Tensor] = {}
         self._seen: dict[str, int] = {}
         for name in self.specs:
             if trainable:
-                tensor = read(name).to(torch.float32, copy=True).contiguous()
+                tensor = read(name).to(device, torch.float32, copy=True).contiguous()
                 self.masters[name] = Parameter(tensor)
                 self._copy(name, tensor)
             else:
                 kept = self._storage_dtype(name)
-                self._copy(name, read(name).to(kept, copy=True).contiguous())
+                self._copy(name, read(name).to(device, kept, copy=True).contiguous())
         self._mark()
 
     @property
@@ -137,10 +143,26 @@ class Weights:
             results.append(linear(x, self.packed(weight), bias, self.master(weight), kind))
         return tuple(results)
 
+    def fuse(self, names: Sequence[str]) -> Tensor:  # (all their rows, K), or (all their rows,)
+        """The compute copies of parameters that read the same columns, as one; from then on each is a view of its rows,
+        so that a refresh writes both."""
+        key = tuple(names)
+        if key not in self._fused:
+            parts = [self._plain[n] if n in self._plain else self._packed[n].dense for n in names]
+            whole = torch.cat(parts)
+            for name, part in zip(names, torch.split(whole, [len(p) for p in parts]), strict=True):
+                if name in self._plain:
+                    self._plain[name] = part
+                else:
+                    self._packed[name] = replace(self._packed[name], dense=part)
+            self._fused[key] = whole
+        return self._fused[key]
+
     def stored(self, name: str) -> Tensor:
-        """The compute copy in its storage dtype, as it is written to files."""
+        """The compute copy in its storage dtype, as it is written to files: memory of its own for each name."""
         kept = self._plain[name] if name in self._plain else self._packed[name].dense
-        return kept.to(self._storage_dtype(name))
+        shared = any(name in names for names in self._fused)
+        return kept.to(self._storage_dtype(name), copy=shared)
 
     def state(self) -> dict[str, Tensor]:
         """The float32 masters by name (not copied), for a checkpoint. A frozen model has none:
@@ -176,7 +198,7 @@ class Weights:
         read: Callable[[str], Tensor] = self.stored
         if trainable and self.masters:
             read = lambda name: self.masters[name].detach()  # noqa: E731
-        return Weights(self.specs, read, self.dtype, trainable)
+        return Weights(self.specs, read, self.dtype, trainable, self.device)
 
     def _storage_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if self.specs[name].kind == "score" else self.dtype

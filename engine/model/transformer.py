@@ -36,6 +36,7 @@ from engine.kernels.linear_logprob import linear_logprob
 from engine.kernels.rmsnorm import rmsnorm
 from engine.kernels.rope import rope
 from engine.kernels.swiglu import swiglu
+from engine.run.device import to_device
 
 from .architectures import Architecture
 from .rotary import rope_table
@@ -62,10 +63,15 @@ class Model:
         return self.weights.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights lie and the forward runs; batches come from the host."""
+        return self.weights.device
+
+    @property
     def act_dtype(self) -> torch.dtype:
         """Dtype of activations between ops: bfloat16 only where the products want bfloat16
-        operands."""
-        if not kernels_usable():
+        operands, as a GPU's do."""
+        if self.device.type != "cpu" or not kernels_usable():
             return self.dtype
         return self.dtype if cpu_class() == "amx" else torch.float32
 
@@ -78,8 +84,9 @@ class Model:
     @property
     def batch_invariant(self) -> bool:
         """A token's log-prob is a function of its own prefix and the weights alone, to the bit: the engine's own
-        kernels run. torch's products on the definitions sum in an order that depends on the batch."""
-        return kernels_usable()
+        kernels run on the CPU. torch's products on the definitions, and a GPU's, sum in an order that depends on the
+        batch."""
+        return self.device.type == "cpu" and kernels_usable()
 
     @property
     def version(self) -> int:
@@ -163,7 +170,7 @@ class Dropout:
         )
         if len(uniform) != len(x):
             raise ModelError(f"dropout: segments of {len(uniform)} rows, the batch has {len(x)}")
-        return x * ((uniform >= self.p) / (1.0 - self.p))
+        return x * ((to_device(uniform, x.device) >= self.p) / (1.0 - self.p))
 
     def _uniform(self, layer: int, sublayer: int, address: int, rows: int, width: int) -> Tensor:
         words = struct.pack("<5q", self.seed, self.step, layer, sublayer, address)
@@ -196,15 +203,16 @@ class _Pass:
 
 def hidden_states(
     model: Model,
-    tokens: Tensor,  # (N,) int64
-    positions: Tensor,  # (N,) int64
+    tokens: Tensor,  # (N,) int64, of the host or the model's device
+    positions: Tensor,  # (N,) int64, of the host or the model's device
     attend: Attend,
     dropout: Dropout | None = None,
 ) -> Tensor:  # (N, H), act_dtype
     """Hidden states after the final norm, one a token; see the module's docstring for the
     equations.
 
-    ``attend(layer, q, k, v)`` is attention of the given rows, with q and k already rotated.
+    ``attend(layer, q, k, v)`` is attention of the given rows, with q and k already rotated. Ids are checked where they
+    lie on the host; on a GPU reading them would wait for all that was launched before.
 
     Raises:
         ModelError: a token outside the vocabulary, a position outside the model's range, or masters
@@ -215,12 +223,14 @@ def hidden_states(
     weights.check()
     _check_range("token", tokens, a.vocab_size, "the vocabulary")
     longest = _check_range("position", positions, a.max_positions, "max_position_embeddings")
+    tokens, positions = to_device(tokens, model.device), to_device(positions, model.device)
     x = weights.lookup("embed_tokens.weight", tokens)  # (N, H) float32
     table = None
     if a.rope is None:
         x = x + weights.lookup("embed_positions.weight", positions)
     else:
-        table = rope_table(a.rope, max(SMALLEST_TABLE, 1 << longest.bit_length()))
+        rows = max(SMALLEST_TABLE, 1 << longest.bit_length())
+        table = rope_table(a.rope, rows, model.device)
     step = _Pass(model, positions, attend, dropout, table, model.act_dtype)
     for layer in range(a.num_layers):
         x = _block(step, layer, x)
@@ -231,12 +241,19 @@ def forward(
     model: Model, batch: Packed, dropout: Dropout | None = None
 ) -> Tensor:  # (N, H), act_dtype
     """Hidden states of a packed batch: every segment sees itself and, where it has one, its
-    prefix."""
+    prefix. The batch comes from the host."""
+    cu = to_device(batch.cu_seqlens, model.device)
+    prefix = None if batch.prefix is None else to_device(batch.prefix, model.device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, batch.cu_seqlens, batch.prefix)
+        return attention(q, k, v, cu, prefix)
 
     return hidden_states(model, batch.tokens, batch.positions, attend, dropout)
+
+
+def chosen_rows(hidden: Tensor, rows: Tensor) -> Tensor:  # (N, H), (M,) of the host -> (M, H)
+    """The hidden states that something is read from."""
+    return hidden[to_device(rows, hidden.device)]
 
 
 def logprobs(
@@ -245,6 +262,7 @@ def logprobs(
     """log softmax(hidden W^T / temperature)[target] and the entropy of that distribution, a row;
     differentiable."""
     master = model.weights.master(model.head_name)
+    targets = to_device(targets, hidden.device)
     logprob, entropy = linear_logprob(hidden, model.head, targets, temperature, master=master)
     return logprob, entropy
 
@@ -316,8 +334,10 @@ def _mlp(step: _Pass, module: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) flo
 
 
 def _check_range(what: str, ids: Tensor, size: int, limit: str) -> int:
-    """The largest id (0 of none). An id outside 0 .. size-1 is an error that names it and its
-    row."""
+    """The largest id (0 of none; of a GPU's ids, which are not read, the largest possible). An id outside 0 .. size-1
+    is an error that names it and its row."""
+    if ids.device.type != "cpu":
+        return size - 1
     if ids.numel() == 0:
         return 0
     low, high = (int(bound) for bound in torch.aminmax(ids))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import ModelError
 from engine.kernels._backend import kernels_usable
+from engine.run.device import HOST, choose_device, to_host
 
 from .architectures import Architecture, read_architecture
 from .folder import match, open_folder, read_json
@@ -33,16 +34,18 @@ SCORE_CONSTANT = "engine_score_constant"
 GENERATION_CONFIG = "generation_config.json"
 
 
-def resolve_dtype(name: str) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device = HOST) -> torch.dtype:
     """Storage dtype of a name: "bfloat16", "float32", or "auto".
 
-    auto: bfloat16 where our C++ kernels do the products (float32 arithmetic on half the bytes); on
-    the torch definitions bfloat16 only on a CPU with instructions for it, since torch's products
-    are slow without.
+    auto: bfloat16 on a GPU, and where our C++ kernels do the products (float32 arithmetic on half
+    the bytes); on the torch definitions bfloat16 only on a CPU with instructions for it, since
+    torch's products are slow without.
 
     Raises:
         ModelError: another name.
     """
+    if name == "auto" and device.type != "cpu":
+        return torch.bfloat16
     if name == "auto":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if kernels_usable() or native else torch.float32
@@ -77,26 +80,32 @@ def resolve_folder(folder: str | Path) -> Path:
     return Path(snapshot)
 
 
-def load_policy(folder: str | Path, dtype: str = "auto", trainable: bool = False) -> Model:
+def load_policy(
+    folder: str | Path, dtype: str = "auto", trainable: bool = False, device: str = "auto"
+) -> Model:
     """The language model of a folder or hub id.
 
     Args:
         folder: a Hugging Face folder, or the id of one on the hub.
         dtype: storage of the compute copy: "auto", "bfloat16" or "float32".
         trainable: keep float32 masters.
+        device: "cpu", "cuda", or "auto": the GPU where there is one.
 
     Raises:
         ModelError: a setting that is not supported, or tensors that do not fit it, each named.
+        ConfigError: a device that is not there.
     """
     path = resolve_folder(folder)
-    config, a, weights = _load(path, dtype, trainable, "lm_head")
+    config, a, weights = _load(path, dtype, trainable, device, "lm_head")
     return Model(a, weights, config, _generation_config(path))
 
 
-def load_scalar(folder: str | Path, dtype: str = "auto", trainable: bool = False) -> ScalarModel:
+def load_scalar(
+    folder: str | Path, dtype: str = "auto", trainable: bool = False, device: str = "auto"
+) -> ScalarModel:
     """The scalar model of a folder; arguments and errors as ``load_policy``."""
     path = resolve_folder(folder)
-    config, a, weights = _load(path, dtype, trainable, "score")
+    config, a, weights = _load(path, dtype, trainable, device, "score")
     constant = config.get(SCORE_CONSTANT, 0.0)
     if isinstance(constant, bool) or not isinstance(constant, int | float):
         raise ModelError(f"{path}/config.json: {SCORE_CONSTANT}: got {constant!r}, want a number")
@@ -104,7 +113,11 @@ def load_scalar(folder: str | Path, dtype: str = "auto", trainable: bool = False
 
 
 def scalar_from_policy(
-    folder: str | Path, seed: int, dtype: str = "auto", trainable: bool = True
+    folder: str | Path,
+    seed: int,
+    dtype: str = "auto",
+    trainable: bool = True,
+    device: str = "auto",
 ) -> ScalarModel:
     """A scalar model with the trunk of a language model and a new head; arguments and errors as
     ``load_policy``.
@@ -113,13 +126,19 @@ def scalar_from_policy(
         seed: of the head's numbers.
     """
     path = resolve_folder(folder)
-    config, a, weights = _load(path, dtype, trainable, "score", seed)
+    config, a, weights = _load(path, dtype, trainable, device, "score", seed)
     return ScalarModel(a, weights, config, _generation_config(path))
 
 
 def _load(
-    path: Path, dtype: str, trainable: bool, head: Head, head_seed: int | None = None
+    path: Path,
+    dtype: str,
+    trainable: bool,
+    device: str,
+    head: Head,
+    head_seed: int | None = None,
 ) -> tuple[dict[str, Any], Architecture, Weights]:
+    place_of_weights = choose_device(device)
     config = read_json(path / "config.json")
     a = read_architecture(config)
     specs = parameter_specs(a, head)
@@ -132,7 +151,8 @@ def _load(
             place, file_name = found[name]
             return place.read(stored.read(file_name), a.head_dim)
 
-        return config, a, Weights(specs, read, resolve_dtype(dtype), trainable)
+        storage = resolve_dtype(dtype, place_of_weights)
+        return config, a, Weights(specs, read, storage, trainable, place_of_weights)
 
 
 def _generation_config(path: Path) -> dict[str, Any] | None:
@@ -223,7 +243,7 @@ def _file_tensors(model: Model) -> dict[str, Tensor]:
     pieces: dict[str, list[str]] = {}
     for name in model.weights.specs:
         pieces.setdefault(place_of(a.family, name)[1], []).append(name)
-    stored: Callable[[str], Tensor] = model.weights.stored
+    stored: Callable[[str], Tensor] = lambda name: to_host(model.weights.stored(name))  # noqa: E731
     return {
         file_name: place_of(a.family, names[0])[0].write([stored(n) for n in names], a.head_dim)
         for file_name, names in pieces.items()

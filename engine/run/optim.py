@@ -73,12 +73,19 @@ def global_norm(tensors: Iterable[Tensor]) -> float:
     fp32 within fixed blocks, float64 between them; the same bits for any number of threads.
     """
     total = 0.0
+    elsewhere = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
         norms = [torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)]
         norms.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
-        total += math.fsum(torch.cat(norms).double().square_().tolist())
+        squares = torch.cat(norms).double().square_()
+        if squares.device.type == "cpu":
+            total += math.fsum(squares.tolist())
+        else:  # read once, not once a tensor
+            elsewhere.append(squares.sum())
+    if elsewhere:
+        total += float(torch.stack(elsewhere).sum())
     return math.sqrt(total)
 
 
@@ -117,7 +124,7 @@ class Optimizer:
         for parameter in self.parameters.values():
             # What torch makes at its first step, made now: the state is complete from the start.
             self._adam.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

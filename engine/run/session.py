@@ -24,6 +24,7 @@ from torch import Tensor
 from engine import ops
 from engine.config import RunConfig, to_dict
 from engine.errors import ConfigError
+from engine.kernels.linear import exact_products
 from engine.run import checkpoint
 from engine.run.log import RunLog
 
@@ -44,6 +45,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_class": ops.cpu_class(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     for package in ("rlhf-engine", "torch", "transformers", "safetensors", "numpy"):
         try:
@@ -96,6 +98,7 @@ class Session:
         refuse_a_used_folder(self.folder, config.resume_from_checkpoint)
         self.stop_requested = False
         self._handlers: dict[int, Any] = {}
+        self._products = exact_products(config.exact_logprobs)
         self.log = RunLog(
             self.folder, total_steps=total_steps, live=live, quiet=not config.progress, title=stage
         )
@@ -103,6 +106,7 @@ class Session:
     def __enter__(self) -> Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._request_stop)
+        self._products.__enter__()
         self.log.__enter__()
         return self
 
@@ -114,6 +118,7 @@ class Session:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._products.__exit__(kind, error, trace)
         self.log.__exit__(kind, error, trace)
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:

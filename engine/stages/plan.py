@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -14,13 +15,21 @@ from engine.model.architectures import read_architecture
 from engine.model.folder import read_json
 from engine.model.names import parameter_specs
 from engine.model.weights import resolve_dtype, resolve_folder
+from engine.run.device import choose_device
 from engine.run.session import set_threads
 from engine.stages.epochs import total_steps
 from engine.stages.inputs import load_ppo_data, load_rm_data, load_sft_data
 
 
+def machine(device: torch.device, threads: int) -> str:
+    """What computes, in words."""
+    cpu = f"class {ops.cpu_class()}, {threads} threads"
+    return cpu if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}; CPU: {cpu}"
+
+
 def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
     """What would run, as (name, value)."""
+    device = choose_device(config.device)
     folder = resolve_folder(config.model_name_or_path)
     architecture = read_architecture(read_json(Path(folder) / "config.json"))
     specs = parameter_specs(architecture, "lm_head")
@@ -36,8 +45,8 @@ def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
             "model",
             f"{architecture.family}, {count / 1e6:.1f}M parameters, {config.model_name_or_path}",
         ),
-        ("storage", str(resolve_dtype(config.dtype)).removeprefix("torch.")),
-        ("machine", f"class {ops.cpu_class()}, {set_threads(config.threads)} threads"),
+        ("storage", str(resolve_dtype(config.dtype, device)).removeprefix("torch.")),
+        ("machine", machine(device, set_threads(config.threads))),
         ("output", config.output_dir),
     ]
     tokenizer, context = (

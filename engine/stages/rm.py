@@ -23,6 +23,7 @@ from engine.data.tokenizer import load_tokenizer
 from engine.model import heads, transformer
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
+from engine.run.device import to_device, to_host
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import RMData, load_rm_data
@@ -34,7 +35,11 @@ def train_reward_model(config: RMConfig) -> Path:
     set_threads(config.threads)
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = scalar_from_policy(
-        config.model_name_or_path, seed=config.seed, dtype=config.dtype, trainable=True
+        config.model_name_or_path,
+        seed=config.seed,
+        dtype=config.dtype,
+        trainable=True,
+        device=config.device,
     )
     data = load_rm_data(config, tokenizer, model.architecture.max_positions)
     stage = RMStage(config, model, data)
@@ -62,22 +67,24 @@ class RMStage:
         """Adds the gradient of the ranking loss over all prompts of the batch."""
         groups = [self.data.train[i] for i in rows]
         total = sum(self.weight(group) for group in groups)
-        scores, loss_sum = [torch.empty(0)] * len(groups), 0.0
+        scores, seen = [torch.empty(0)] * len(groups), []  # read when all is launched
         for cut in self.cuts(groups):
             chosen = [groups[i] for i in cut]
             score = group_scores(self.model, chosen)
-            loss, _, _ = ops.ranking_loss(
-                score, ranks_of(chosen), answer_offsets(chosen), self.config.loss_reduction
-            )
+            ranks = to_device(ranks_of(chosen), score.device)
+            cu = to_device(answer_offsets(chosen), score.device)
+            loss, _, _ = ops.ranking_loss(score, ranks, cu, self.config.loss_reduction)
             loss = loss * (sum(self.weight(group) for group in chosen) / max(total, 1))
             loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-            for i, part in zip(cut, split(score.detach(), chosen), strict=True):
+            seen.append((cut, loss.detach(), score.detach()))
+        for cut, _, score in seen:
+            chosen = [groups[i] for i in cut]
+            for i, part in zip(cut, split(to_host(score), chosen), strict=True):
                 scores[i] = part
         metrics = ranking_metrics(groups, scores, self.config.calibration_bins)
         tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
         return {
-            "loss": loss_sum,
+            "loss": sum((float(loss) for _, loss, _ in seen), 0.0),
             "num_tokens": float(tokens),
             **{name: metrics[name] for name in TRAIN_METRICS if name in metrics},
         }
@@ -99,7 +106,8 @@ class RMStage:
         scores = [torch.empty(0)] * len(groups)
         for cut in self.cuts(groups):
             chosen = [groups[i] for i in cut]
-            for i, part in zip(cut, split(group_scores(self.model, chosen), chosen), strict=True):
+            found = to_host(group_scores(self.model, chosen))
+            for i, part in zip(cut, split(found, chosen), strict=True):
                 scores[i] = part
         return scores
 
@@ -139,7 +147,7 @@ def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  
         segments += range(at + 1, at + 1 + len(group.responses))
         at += 1 + len(group.responses)
     hidden = transformer.forward(model, batch)
-    return heads.scores(model, hidden[last_rows(batch, segments)])
+    return heads.scores(model, transformer.chosen_rows(hidden, last_rows(batch, segments)))
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32

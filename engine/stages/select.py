@@ -28,7 +28,9 @@ def select_checkpoint(
     The same prompts and the same random numbers for every checkpoint, so that only the weights differ.
     """
     assert config.select_by_reward_model is not None
-    reward_model = load_scalar(config.select_by_reward_model, dtype=config.dtype)
+    reward_model = load_scalar(
+        config.select_by_reward_model, dtype=config.dtype, device=config.device
+    )
     chosen = list(prompts[: config.select_num_prompts])
     scores: dict[str, float] = {}
     for path in checkpoint.kept(session.folder):

@@ -43,7 +43,7 @@ def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
     set_threads(config.threads)
     policy = HybridEngine.from_pretrained(
-        config.model_name_or_path, dtype=config.dtype, trainable=True
+        config.model_name_or_path, dtype=config.dtype, trainable=True, device=config.device
     )
     data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
     stage = SFTStage(config, policy.model, data)
@@ -101,7 +101,7 @@ class SFTStage:
         """Adds the gradient of the batch's token-mean loss."""
         batch = self.batch(rows, step)
         count = sum(row.num_targets for row in batch)
-        loss_sum = entropy_sum = 0.0
+        losses, entropies = [], []  # read when all is launched
         p = self.config.residual_dropout
         for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.micro_batch_tokens):
             chosen = [batch[i] for i in cut]
@@ -110,10 +110,13 @@ class SFTStage:
             logprob, entropy = token_logprobs(self.model, chosen, dropout)
             loss = -logprob.sum() / max(count, 1)
             loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-            entropy_sum += float(entropy.detach().sum())
-        tokens = float(sum(len(row.tokens) for row in batch))
-        return {"loss": loss_sum, "entropy": entropy_sum / max(count, 1), "num_tokens": tokens}
+            losses.append(loss.detach())
+            entropies.append(entropy.detach().sum())
+        return {
+            "loss": sum(map(float, losses), 0.0),
+            "entropy": sum(map(float, entropies), 0.0) / max(count, 1),
+            "num_tokens": float(sum(len(row.tokens) for row in batch)),
+        }
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the validation demonstrations and, in the RL-init variant, on held-out text."""
@@ -140,5 +143,5 @@ def token_logprobs(
     """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
     batch = pack_sequences([row.tokens for row in rows])
     shift = predictions(batch, skip_first=[row.response_start for row in rows])
-    hidden = transformer.forward(model, batch, dropout)
-    return transformer.logprobs(model, hidden[shift.rows], shift.targets, 1.0)
+    hidden = transformer.chosen_rows(transformer.forward(model, batch, dropout), shift.rows)
+    return transformer.logprobs(model, hidden, shift.targets, 1.0)

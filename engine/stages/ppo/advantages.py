@@ -29,8 +29,8 @@ def estimate(
         advantage, returns = ops.gae(rewards.reward, value, cu, config.gamma, config.lam, bootstrap)
     else:
         slots = with_extra_slot(cu, config.response_length)
-        wide = value.new_zeros(int(slots.cu[-1])).index_copy(0, slots.rows, value)
-        wide = wide.index_copy(0, slots.slots, final_value[slots.has_slot])
+        wide = value.new_zeros(slots.total).index_copy(0, slots.rows, value)
+        wide = wide.index_copy(0, slots.slots, final_value[slots.with_slot])
         advantage, returns = ops.gae(
             rewards.reward, wide, slots.cu, config.gamma, config.lam, bootstrap
         )

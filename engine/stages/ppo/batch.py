@@ -4,19 +4,22 @@
             -> advantages -> Advantages -> update -> stats
 
 Letters: E episodes of one iteration, N answer tokens of all of them, packed in episode order with offsets cu (E+1,).
-Every field exists when its dataclass does; nothing is filled in later.
+Every field exists when its dataclass does; nothing is filled in later. Rollouts are of the host; the tensors of the
+others lie where the models compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.data.prompts import Prompt
 from engine.hybrid import Completion
+from engine.run.device import to_host
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:  # (len + 1,) int32
@@ -110,3 +113,11 @@ class Rewards:
 class Advantages:
     advantage: Tensor  # (N,) whitened if asked for
     returns: Tensor  # (N,) before whitening
+
+
+Passed = TypeVar("Passed", Scores, Rewards, Advantages)
+
+
+def on_host(values: Passed) -> Passed:
+    """With every tensor in the host's memory, where metrics are made."""
+    return replace(values, **{name: to_host(x) for name, x in vars(values).items()})

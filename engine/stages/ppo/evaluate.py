@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.data.prompts import Prompt
+from engine.run.device import to_host
 from engine.run.streams import generator
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.forward import answer_logprobs, micro_batches
@@ -72,7 +73,7 @@ def reference_kl(ppo: PPO, rollouts: Rollouts) -> torch.Tensor:  # (N,)
         at = torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
         ours, _ = answer_logprobs(ppo.policy.model, answers, config.temperature)
         theirs, _ = answer_logprobs(ppo.reference, answers, config.temperature)
-        kl[at] = ours - theirs
+        kl[at] = to_host(ours - theirs)
     return kl
 
 

@@ -52,19 +52,22 @@ def answer_logprobs(
     The same temperature as in sampling: sampled law = scored law.
     """
     hidden = transformer.forward(model, answers.batch)  # (N, H)
-    return transformer.logprobs(
-        model, hidden[answers.shift.rows], answers.shift.targets, temperature
-    )
+    predicting = transformer.chosen_rows(hidden, answers.shift.rows)
+    return transformer.logprobs(model, predicting, answers.shift.targets, temperature)
 
 
 def answer_values(model: heads.ScalarModel, answers: Answers) -> tuple[Tensor, Tensor]:
     """Value of the state before each answer token (M,), and after the last one (episodes,)."""
     hidden = transformer.forward(model, answers.batch)
-    before = heads.scores(model, hidden[answers.shift.rows])
-    return before, heads.scores(model, hidden[last_rows(answers.batch, answers.segments)])
+    before = heads.scores(model, transformer.chosen_rows(hidden, answers.shift.rows))
+    return before, heads.scores(model, last_states(hidden, answers))
 
 
 def answer_scores(model: heads.ScalarModel, answers: Answers) -> Tensor:  # (episodes,)
     """The reward model's score, read at each answer's last real token."""
-    hidden = transformer.forward(model, answers.batch)
-    return heads.scores(model, hidden[last_rows(answers.batch, answers.segments)])
+    return heads.scores(model, last_states(transformer.forward(model, answers.batch), answers))
+
+
+def last_states(hidden: Tensor, answers: Answers) -> Tensor:  # (N, H) -> (episodes, H)
+    """Of each answer's last token."""
+    return transformer.chosen_rows(hidden, last_rows(answers.batch, answers.segments))

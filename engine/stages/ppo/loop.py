@@ -42,9 +42,10 @@ def train_ppo(config: PPOConfig) -> Path:
         dtype=config.dtype,
         trainable=True,
         limits=Limits(max_active=config.max_active, kv_cache_gb=config.kv_cache_gb),
+        device=config.device,
     )
     data = load_ppo_data(config, policy.tokenizer, policy.model.architecture.max_positions)
-    reference = load_policy(config.model_name_or_path, dtype=config.dtype)
+    reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
     rewards = load_rewards(config)
     ppo = PPO(policy, initial_value(config, rewards), reference, config)
     with Session(config, "ppo", config.num_iterations, LIVE) as session:
@@ -131,14 +132,15 @@ def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
 
 def initial_value(config: PPOConfig, rewards: Sequence[Reward]) -> ScalarModel:
     """A trainable copy of the reward model [paper 3.5], of value_model_path, or the policy's trunk with a new head."""
-    if config.value_model_path:
-        return load_scalar(config.value_model_path, dtype=config.dtype, trainable=True)
-    if config.reward_model_path:
-        return load_scalar(config.reward_model_path, dtype=config.dtype, trainable=True)
+    stored = config.value_model_path or config.reward_model_path
+    if stored:
+        return load_scalar(stored, config.dtype, trainable=True, device=config.device)
     models = [reward.model for reward in rewards if reward.model is not None]
     if models:
         return clone(models[0], trainable=True)
-    return scalar_from_policy(config.model_name_or_path, seed=config.seed, dtype=config.dtype)
+    return scalar_from_policy(
+        config.model_name_or_path, config.seed, config.dtype, device=config.device
+    )
 
 
 def is_due(done: int, every: int | None) -> bool:

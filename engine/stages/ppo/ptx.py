@@ -15,8 +15,8 @@ def lm_loss(model: transformer.Model, rows: Sequence[Sequence[int]]) -> tuple[Te
     """Summed negative log-prob of all tokens after each row's first, and how many there are."""
     batch = pack_sequences(rows)
     shift = predictions(batch)
-    hidden = transformer.forward(model, batch)
-    logprob, _ = transformer.logprobs(model, hidden[shift.rows], shift.targets, 1.0)
+    hidden = transformer.chosen_rows(transformer.forward(model, batch), shift.rows)
+    logprob, _ = transformer.logprobs(model, hidden, shift.targets, 1.0)
     return -logprob.sum(), logprob.numel()
 
 
@@ -25,12 +25,12 @@ def backward_lm_loss(
 ) -> float:
     """Adds coefficient * gradient of the token-mean loss to the masters' gradients; returns the mean loss."""
     total = sum(max(len(row) - 1, 0) for row in rows)
-    loss_sum = 0.0
+    losses = []  # read when all is launched
     for cut in cut_by_tokens([len(row) for row in rows], budget):
         loss, _ = lm_loss(model, [rows[i] for i in cut])
         (loss * (coefficient / max(total, 1))).backward()  # type: ignore[no-untyped-call]
-        loss_sum += float(loss.detach())
-    return loss_sum / max(total, 1)
+        losses.append(loss.detach())
+    return sum(map(float, losses), 0.0) / max(total, 1)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from engine.config import PPOConfig, RewardSource
 from engine.errors import ConfigError, EngineError
 from engine.model.heads import ScalarModel
 from engine.model.weights import load_scalar
+from engine.run.device import to_host
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.forward import answer_scores, micro_batches
 
@@ -58,7 +59,9 @@ def load_rewards(config: PPOConfig) -> list[Reward]:
     for number, source in enumerate(sources):
         is_function = ":" in source.source
         name = source.source.rpartition(":" if is_function else "/")[2] or f"reward_{number}"
-        model = None if is_function else load_scalar(source.source, dtype=config.dtype)
+        model = None
+        if not is_function:
+            model = load_scalar(source.source, dtype=config.dtype, device=config.device)
         function = import_function(source.source) if is_function else None
         rewards.append(Reward(name, source.weight, model, function))
     return rewards
@@ -91,7 +94,7 @@ def model_scores(model: ScalarModel, rollouts: Rollouts, budget: int) -> Tensor:
     """The reward model's score of every episode."""
     score = torch.empty(rollouts.num_episodes)
     for answers in micro_batches(rollouts, range(len(rollouts.prompts)), budget):
-        score[answers.episodes] = answer_scores(model, answers)
+        score[answers.episodes] = to_host(answer_scores(model, answers))
     return score
 
 

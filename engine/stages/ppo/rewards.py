@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import PPOConfig
+from engine.run.device import to_device, to_host
 from engine.stages.ppo.batch import Rewards, offsets
 
 
@@ -37,7 +38,7 @@ def token_rewards(
         )
         return Rewards(reward, kl, cu, paid)
     slots = with_extra_slot(cu, config.response_length)
-    zero = old_logprob.new_zeros(int(slots.cu[-1]))
+    zero = old_logprob.new_zeros(slots.total)
     reward, kl = ops.kl_reward(
         zero.index_copy(0, slots.rows, old_logprob),
         zero.index_copy(0, slots.rows, ref_logprob),
@@ -50,15 +51,20 @@ def token_rewards(
 
 
 class with_extra_slot:
-    """Offsets in which every answer shorter than `limit` has one slot more, and where its tokens lie in them."""
+    """Offsets in which every answer shorter than `limit` has one slot more, and where its tokens lie in them: made on
+    the host, for the device of `cu`."""
 
     def __init__(self, cu: Tensor, limit: int) -> None:
+        device, cu = cu.device, to_host(cu)
         lengths = cu.long().diff()
-        self.has_slot = lengths < limit  # (E,)
-        self.cu = offsets((lengths + self.has_slot).tolist())  # (E+1,) int32
-        shift = torch.repeat_interleave(self.cu[:-1].long() - cu[:-1].long(), lengths)
-        self.rows = torch.arange(int(cu[-1])) + shift  # (N,)
-        self.slots = (self.cu[1:].long() - 1)[self.has_slot]  # (E',) the extra slots
+        has_slot = lengths < limit  # (E,)
+        wide = offsets((lengths + has_slot).tolist())  # (E+1,) int32
+        shift = torch.repeat_interleave(wide[:-1].long() - cu[:-1].long(), lengths)
+        self.total = int(wide[-1])
+        self.cu = to_device(wide, device)
+        self.rows = to_device(torch.arange(int(cu[-1])) + shift, device)  # (N,)
+        self.with_slot = to_device(has_slot.nonzero().squeeze(1), device)  # (E',) the answers
+        self.slots = to_device((wide[1:].long() - 1)[has_slot], device)  # (E',) their extra slots
 
 
 def whiten_rewards(rewards: Rewards) -> Rewards:

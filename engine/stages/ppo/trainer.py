@@ -21,12 +21,13 @@ from engine.hybrid import HybridEngine
 from engine.hybrid import Prompt as RawPrompt
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
+from engine.run.device import to_device, wait_for
 from engine.run.ema import EMA
 from engine.run.kl_control import AdaptiveKL, FixedKL, KLController
 from engine.run.optim import Optimizer, OptimizerConfig
 from engine.run.schedule import constant_with_warmup
 from engine.stages.ppo.advantages import estimate
-from engine.stages.ppo.batch import Rollouts
+from engine.stages.ppo.batch import Rollouts, on_host
 from engine.stages.ppo.metrics import episode_metrics
 from engine.stages.ppo.rewards import token_rewards, whiten_rewards
 from engine.stages.ppo.rollout import rollout
@@ -39,7 +40,7 @@ class Iteration:
     """What one iteration gave: its metrics, and the KL estimate of every answer token."""
 
     stats: dict[str, float]
-    kl: Tensor  # (N,)
+    kl: Tensor  # (N,) of the host
 
 
 class PPO:
@@ -99,8 +100,9 @@ class PPO:
         ptx_rows: Sequence[Sequence[int]] = (),
     ) -> Iteration:
         """`step`, with the per-token KL beside the metrics."""
-        config, cu, ended = self.config, rollouts.cu, rollouts.ended
-        reward = torch.as_tensor(scores, dtype=torch.float32)
+        config, device = self.config, self.policy.model.device
+        cu, ended = to_device(rollouts.cu, device), to_device(rollouts.ended, device)
+        reward = to_device(torch.as_tensor(scores, dtype=torch.float32), device)
         started = time.perf_counter()
         passes = score(
             self.policy.model,
@@ -117,6 +119,7 @@ class PPO:
         if config.whiten_rewards:
             rewards = whiten_rewards(rewards)
         advantages = estimate(rewards, passes.value, passes.final_value, ended, cu, config)
+        wait_for(device)
         scored = time.perf_counter()
         targets = Targets(
             rollouts,
@@ -128,7 +131,10 @@ class PPO:
             self.iteration,
         )
         stats = update(self.learner, targets, config)
-        stats |= episode_metrics(rollouts, passes, rewards, advantages, self.kl.beta)
+        rewards = on_host(rewards)
+        stats |= episode_metrics(
+            rollouts, on_host(passes), rewards, on_host(advantages), self.kl.beta
+        )
         stats |= {
             "lr": targets.learning_rate,
             "timing/score": scored - started,

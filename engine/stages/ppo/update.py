@@ -13,10 +13,11 @@ from engine import ops
 from engine.config import PPOConfig
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
+from engine.run.device import to_device, to_host
 from engine.run.ema import EMA
 from engine.run.optim import Optimizer, global_norm
 from engine.run.streams import generator
-from engine.stages.ppo.batch import Advantages, Rollouts, Scores
+from engine.stages.ppo.batch import Advantages, Rollouts, Scores, on_host
 from engine.stages.ppo.forward import Answers, answer_logprobs, answer_values, micro_batches
 from engine.stages.ppo.metrics import parity_metrics
 from engine.stages.ppo.ptx import backward_lm_loss
@@ -47,19 +48,24 @@ class Targets:
 
 
 class Means:
-    """Sums over tokens that become means over all of them, however the work was cut."""
+    """Sums over tokens that become means over all of them, however the work was cut.
+
+    On a GPU the sums stay there, in float64, until a mean is asked for: nobody waits between micro-batches.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.weights: dict[str, float] = {}
 
     def add(self, weight: float, **values: Tensor | float) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+            here = not isinstance(value, Tensor) or value.device.type == "cpu"
+            wide = float(value) if here else value.double()  # type: ignore[union-attr]
+            self.sums[name] = self.sums.get(name, 0.0) + weight * wide
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def __getitem__(self, name: str) -> float:
-        return self.sums[name] / max(self.weights[name], 1e-12)
+        return float(self.sums[name]) / max(self.weights[name], 1e-12)
 
 
 def minibatches(
@@ -165,11 +171,13 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
         rows = [token_rows(cu, answers) for answers in cuts]
         count = sum(r.numel() for r in rows)
         seen = []
-        for answers, r in zip(cuts, rows, strict=True):
+        for answers, at in zip(cuts, rows, strict=True):
+            r = to_device(at, learner.policy.device)
             seen.append(policy_backward(learner.policy, targets, answers, r, count, config, means))
             value_backward(learner.value, targets, answers, r, count, config, means)
         if number == 0:
-            parity = parity_metrics(rollouts, targets.scores, torch.cat(rows), torch.cat(seen))
+            first = to_host(torch.cat(seen))
+            parity = parity_metrics(rollouts, on_host(targets.scores), torch.cat(rows), first)
         means.add(1, ppo_grad_norm=learner.policy_optimizer.grad_norm())
         share = targets.ptx_rows[number :: len(plan)]
         if share and config.ptx_coef > 0:
