@@ -1,0 +1,238 @@
+"""Compiles every kernel of bench/gpu for every architecture, without a GPU, and holds the code to its gates.
+
+    python -m bench.aot                       compile all, check, write bench/results/gpu_code.json
+    python -m bench.aot --check               compile all, check, and compare with that file
+    python -m bench.aot --only gae            one op: a line a kernel, its gates; nothing is written
+    python -m bench.aot --only gae --keep DIR with the code of each kernel in DIR
+
+Each case's launcher runs on "meta" tensors with an architecture's column of the tables, so what is compiled is what a
+GPU would be given: the launches, the constants, and the arguments as Triton's own binder specialises them (divisible
+by 16, equal to 1). Nothing is launched. Results lie in build/aot under a hash of all that made them.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / "build" / "aot"
+RECORD = ROOT / "bench" / "results" / "gpu_code.json"
+REGENERATE = "python -m bench.aot"
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has no code
+os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
+
+from bench import aot_code, aot_gates  # noqa: E402
+from bench.aot_plan import Variant, plan  # noqa: E402
+from bench.gpu import DTYPES  # noqa: E402
+
+
+def examined(variant: Variant, keep: Path | None = None) -> dict[str, Any]:
+    """Compiles a variant and reads its code. Raises what the compiler raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
+    target = GPUTarget(*aot_code.MACHINES[variant.arch].target)
+    compiled = triton.compile(source, target=target, options=variant.options)
+    asm = compiled.asm
+    code = aot_code.nvidia(asm["cubin"]) if "cubin" in asm else aot_code.amd(asm["amdgcn"])
+    if keep:
+        _keep(compiled, variant, keep)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    blocks, share, limit = aot_code.occupancy(
+        variant.arch, int(code["registers"]), shared, warps, columns
+    )
+    return {
+        **code,
+        "shared": shared,
+        "tensor_memory": columns,
+        "warps": warps,
+        "stages": compiled.metadata.num_stages,
+        "dots": _dots(compiled.asm["ttir"]),
+        "blocks": blocks,
+        "occupancy": share,
+        "limit": limit,
+    }
+
+
+_TILE = r"tensor<(?:\d+x)?(\d+)x(\d+)x([a-z]\w*)>"
+_DOT = re.compile(rf"tt\.dot .*: {_TILE} \* {_TILE}")
+
+
+def _dots(ttir: str) -> list[str]:
+    """Each product of the kernel as MxNxK type."""
+    text = str(ttir)
+    found = {f"{m[1]}x{m[5]}x{m[2]} {m[3]}" for m in _DOT.finditer(text)}
+    if text.count("tt.dot ") and not found:
+        raise RuntimeError("tt.dot is written in another way: mend _DOT in bench/aot.py")
+    return sorted(found)
+
+
+def _keep(compiled: Any, variant: Variant, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{variant.op}.{variant.kernel}.{variant.dtype}.{variant.arch}.{variant.key[:6]}"
+    for kind in ("ttir", "ttgir", "ptx", "amdgcn"):
+        if kind in compiled.asm:
+            (folder / f"{stem}.{kind}").write_text(str(compiled.asm[kind]))
+    if "cubin" in compiled.asm:
+        text = aot_code._cuobjdump("--dump-sass", compiled.asm["cubin"])
+        (folder / f"{stem}.sass").write_text(text)
+
+
+_jobs: list[Variant] = []  # the workers' copy comes with the fork
+_folder: Path | None = None
+
+
+def _work(at: int) -> dict[str, Any]:
+    """One variant's record, from the cache where it is known."""
+    variant = _jobs[at]
+    cached = CACHE / f"{variant.key}.json"
+    if cached.exists() and _folder is None:
+        result: dict[str, Any] = json.loads(cached.read_text())
+        return result
+    try:
+        result = examined(variant, _folder)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    beside = cached.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(result))
+    os.replace(beside, cached)
+    return result
+
+
+def compiled(variants: list[Variant], keep: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The records of all, in order, from two processes."""
+    global _jobs, _folder
+    import multiprocessing
+
+    _jobs, _folder = variants, keep
+    known = [(CACHE / f"{v.key}.json").exists() for v in variants]
+    if all(known) and keep is None:
+        results: Iterator[dict[str, Any]] = map(_work, range(len(variants)))
+    else:
+        context = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(max_workers=os.cpu_count() or 2, mp_context=context)
+        results = pool.map(_work, range(len(variants)))
+    for variant, result in zip(variants, results, strict=True):
+        said = {
+            "op": variant.op,
+            "kernel": variant.kernel,
+            "arch": variant.arch,
+            "dtype": variant.dtype,
+            "cases": sorted(variant.cases),
+            "types": variant.types,
+        }
+        yield {**said, **result}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Who made the code: triton and both of its assemblers."""
+    import triton
+
+    found = {"triton": triton.__version__}
+    for name in ("ptxas", "ptxas-blackwell"):
+        text = subprocess.run([aot_code.tool(name), "--version"], capture_output=True, text=True)
+        match = re.search(r"V[\d.]+", text.stdout)
+        found[name] = match[0] if match else "unknown"
+    return found
+
+
+def identity(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(record[name]) for name in ("op", "kernel", "dtype", "arch", "types"))
+
+
+def written(records: list[dict[str, Any]]) -> str:
+    """The file's text: one variant a line, sorted, so that a change is a changed line."""
+    head = {"versions": versions(), "regenerate": REGENERATE}
+    lines = [json.dumps(record, sort_keys=True) for record in sorted(records, key=identity)]
+    body = ",\n".join(lines)
+    return json.dumps(head, sort_keys=True)[:-1] + ', "variants": [\n' + body + "\n]}\n"
+
+
+def recorded() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+def differences(records: list[dict[str, Any]]) -> list[str]:
+    """Against bench/results/gpu_code.json; other versions of the compiler make other code, which proves nothing."""
+    if not RECORD.exists():
+        return [f"{RECORD.name} is missing: run `{REGENERATE}`"]
+    known = recorded()
+    if known["versions"] != versions():
+        print(f"not compared: recorded with {known['versions']}, here {versions()}")
+        return []
+    before = {identity(record): record for record in known["variants"]}
+    now = {identity(record): record for record in records}
+    found = [f"{' '.join(key)}: not recorded" for key in now if key not in before]
+    found += [f"{' '.join(key)}: recorded, no longer compiled" for key in before if key not in now]
+    for key in now.keys() & before.keys():
+        changed = [
+            f"{name} {before[key].get(name)} -> {now[key].get(name)}"
+            for name in sorted(now[key].keys() | before[key].keys())
+            if before[key].get(name) != now[key].get(name)
+        ]
+        if changed:
+            found.append(f"{' '.join(key)}: {'; '.join(changed)}")
+    return sorted(found)
+
+
+def _line(record: dict[str, Any]) -> str:
+    who = f"{record['op']} {record['kernel']} {record['dtype']} {record['arch']}"
+    if "error" in record:
+        return f"{who}: {record['error']}"
+    tensor = f" mma {record['hgmma']}+{record['mma']}" if record["dots"] else ""
+    return (
+        f"{who}: {record['registers']} registers, stack {record['stack']}, local {record['local']}"
+        f" ({record['local_in_loop']} in loops), shared {record['shared']},"
+        f" wide loads {record['wide_loads']}/{record['loads']}{tensor},"
+        f" {record['blocks']} blocks, occupancy {record['occupancy']:.0%} ({record['limit']})"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.aot", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="OP")
+    parser.add_argument("--arch", nargs="+", default=[], choices=[*aot_code.MACHINES])
+    parser.add_argument("--dtype", nargs="+", default=[], choices=[*DTYPES])
+    parser.add_argument("--check", action="store_true", help="compare with the recorded file")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the code of each kernel")
+    given = parser.parse_args()
+    start, part = time.perf_counter(), bool(given.only or given.arch or given.dtype)
+    variants, problems = plan(given.only, given.arch, given.dtype)
+    records = []
+    for record in compiled(variants, given.keep):
+        records.append(record)
+        failed = [] if "error" in record else aot_gates.failures(record)
+        if part or failed or "error" in record:
+            print(_line(record), flush=True)
+        problems += [f"{_line(record)}"] if "error" in record else []
+        problems += [f"{aot_gates.named(record)}: {text}" for text in failed]
+    if not part:
+        problems += aot_gates.uncompiled(variant.op for variant in variants)
+    if given.check and not part:
+        problems += differences(records)
+    elif not part and not any("error" in record for record in records):
+        RECORD.write_text(written(records))
+    for problem in problems:
+        print(f"FAILED {problem}", file=sys.stderr)
+    print(f"{len(records)} variants, {len(problems)} failures, {time.perf_counter() - start:.1f} s")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What is to be compiled: the launches that each case of bench/gpu would make, as triton's runtime would see them.
+
+Every kernel is compiled for every architecture and dtype, on the first shape that its cases have; further shapes, and
+the rows of the tables that no shape takes, in the first dtype of their case. That is what is left out.
+
+A case's launcher runs on "meta" tensors with an architecture's column of the tables; an observer takes each launch and
+says that it is not to run. Arguments are specialised by Triton's own binder (divisible by 16, equal to 1, on AMD within
+2 GB), since other facts would make another kernel.
+"""
+
+import functools
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import aot_code, gpu
+from bench.gpu import DTYPES, Case
+
+
+@dataclass
+class Variant:
+    """One compilation: a kernel with its argument types, constants, options and architecture."""
+
+    op: str
+    kernel: str
+    arch: str
+    dtype: str
+    function: Any  # what @triton.jit made
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    cases: list[str] = field(default_factory=list)  # names of the op's cases that launch it
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.kernel} {self.dtype} {self.arch} {', '.join(self.cases)}"
+
+    @functools.cached_property
+    def types(self) -> str:
+        """The specialised signature, readable: `x:*bf16/16 n:i32 one:1 BLOCK=64`."""
+        parts = []
+        for at, (name, kind) in enumerate(self.signature.items()):
+            facts = "".join(f"/{value}" for _, value in self.attributes.get((at,), []))
+            if kind == "constexpr":
+                parts.append(f"{name}={self.constants[(at,)]}")
+            else:
+                parts.append(f"{name}:{kind}{facts}")
+        return " ".join(parts)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Of everything that the result follows from, the readers of the code included."""
+        import triton
+
+        parts = [self.function.cache_key, self.types, self.arch, self.options, triton.__version__]
+        text = "\n".join(map(str, [*parts, Path(aot_code.__file__).read_text()]))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _backend(arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    return make_backend(GPUTarget(*aot_code.MACHINES[arch].target))
+
+
+@functools.cache
+def _binder(function: Any, arch: str) -> Any:
+    from triton.runtime.jit import create_function_from_signature
+
+    return create_function_from_signature(function.signature, function.params, _backend(arch))
+
+
+def specialise(
+    function: Any, given: Sequence[Any], named: dict[str, Any], arch: str, op: str, dtype: str
+) -> Variant:
+    """The variant that triton's runtime would compile for `function[grid](*given, **named)` on an architecture."""
+    named = {**named, "debug": False}
+    bound, types, extra = _binder(function, arch)(*given, **named)
+    packed = function._pack_args(_backend(arch), named, bound, types, extra)
+    options, signature, constants, attributes = packed
+    kernel = function.fn.__name__
+    return Variant(
+        op, kernel, arch, dtype, function, signature, constants, attributes, options.__dict__
+    )
+
+
+def specialised(launch: Any, arch: str, op: str, dtype: str) -> Variant:
+    """Of a launch that an observer saw."""
+    config = launch.config
+    named = {
+        **launch.constants,
+        **config.blocks,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    return specialise(launch.kernel, launch.arguments, named, arch, op, dtype)
+
+
+class _Row(dict[str, Any]):
+    """A row of a table that knows whether a launcher took it."""
+
+    taken = False
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "num_warps":
+            self.taken = True
+        return super().__getitem__(name)
+
+
+class Tables:
+    """The tables of kernels/configs, watched: which rows did launchers take? `force` leaves a table one row."""
+
+    def __init__(self) -> None:
+        from engine.kernels.triton import _launch
+
+        self.load = _launch.table
+        self.read: dict[str, dict[str, list[_Row]]] = {}  # table -> column -> rows
+        self.forced: tuple[str, int] | None = None
+
+    def table(self, op: str) -> dict[str, list[_Row]]:
+        if op not in self.read:
+            loaded = self.load(op)
+            self.read[op] = {name: [_Row(row) for row in rows] for name, rows in loaded.items()}
+        columns = self.read[op]
+        if self.forced and self.forced[0] == op:
+            at = self.forced[1]
+            return {
+                name: [_Row(rows[at], up_to=None)]
+                for name, rows in columns.items()
+                if at < len(rows)
+            }
+        return columns
+
+    def untaken(self, arch: str) -> list[tuple[str, int]]:
+        """(table, index) of the rows of an architecture that nothing took."""
+        return [
+            (op, at)
+            for op, columns in sorted(self.read.items())
+            for at, row in enumerate(columns.get(arch, []))
+            if not row.taken
+        ]
+
+
+def launches(
+    case: Case,
+    arch: str,
+    dtype: str,
+    tables: Tables | None = None,
+    shape: dict[str, int] | None = None,
+) -> list[Any]:
+    """What a case's launcher would start on an architecture. Nothing runs."""
+    from engine.kernels.triton import _launch
+
+    seen: list[Any] = []
+
+    def see(launch: Any) -> bool:
+        seen.append(launch)
+        return False
+
+    tokens, read = (_launch.observer.set(see), _launch.column.set(arch)), _launch.table
+    if tables:
+        _launch.table = tables.table
+    try:
+        case.run(*case.make("meta", DTYPES[dtype], **(shape or case.full)))
+    finally:
+        _launch.observer.reset(tokens[0])
+        _launch.column.reset(tokens[1])
+        _launch.table = read
+    return seen
+
+
+def _dtypes(case: Case) -> tuple[str, ...]:
+    """A case's own, and float16 where it takes the other 16-bit type."""
+    extra = ("float16",) if "bfloat16" in case.dtypes else ()
+    return tuple(dict.fromkeys(case.dtypes + extra))
+
+
+class Plan:
+    """Every variant once, and what went wrong in a launcher."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Variant] = {}
+        self.errors: list[str] = []
+
+    def add(self, case: Case, arch: str, dtype: str, tables: Tables, label: str = "") -> None:
+        """A case's variants. In a dtype that is not its first, a kernel that has one already needs no other shape."""
+        name = case.name + label
+        try:
+            started = launches(case, arch, dtype, tables)
+            variants = [specialised(launch, arch, case.op, dtype) for launch in started]
+        except Exception as error:  # a broken launcher must not hide the other kernels
+            self.errors.append(f"{case.op}, {name}, {dtype}, {arch}: {error!r}")
+            return
+        planned = {(v.op, v.kernel, v.arch, v.dtype) for v in self.found.values()}
+        for variant in variants:
+            again = (case.op, variant.kernel, arch, dtype) in planned
+            if dtype != case.dtypes[0] and again and f"{case.op} {variant.key}" not in self.found:
+                continue
+            kept = self.found.setdefault(f"{case.op} {variant.key}", variant)
+            if name not in kept.cases and (not label or kept is variant):
+                kept.cases.append(name)
+
+
+def _cases(errors: list[str]) -> dict[str, list[Case]]:
+    """All by op. A module that cannot be imported is an error of its own and hides no other."""
+    found: dict[str, list[Case]] = {}
+    for module in sorted(module.name for module in pkgutil.iter_modules(gpu.__path__)):
+        try:
+            listed = importlib.import_module(f"bench.gpu.{module}").CASES
+        except Exception as error:
+            errors.append(f"bench/gpu/{module}.py: {error!r}")
+            continue
+        for case in listed:
+            found.setdefault(case.op, []).append(case)
+    return found
+
+
+def plan(
+    only: Sequence[str] = (), archs: Sequence[str] = (), dtypes: Sequence[str] = ()
+) -> tuple[list[Variant], list[str]]:
+    """All cases on their full shapes; then, in one dtype, the rows of the tables that those sizes did not take."""
+    made = Plan()
+    for op, of_op in _cases(made.errors).items():
+        for arch in archs or aot_code.MACHINES:
+            if not only or op in only:
+                _add_op(made, of_op, arch, dtypes)
+    return list(made.found.values()), made.errors
+
+
+def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> None:
+    tables = Tables()
+    for case in of_op:
+        for dtype in _dtypes(case):
+            if not dtypes or dtype in dtypes:
+                made.add(case, arch, dtype, tables)
+    for table, at in tables.untaken(arch):
+        tables.forced = (table, at)
+        for case in of_op:
+            made.add(case, arch, case.dtypes[0], tables, f", row {at} of {table}")
