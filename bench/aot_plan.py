@@ -243,5 +243,8 @@ def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> 
                 made.add(case, arch, dtype, tables)
     for table, at in tables.untaken(arch):
         tables.forced = (table, at)
-        for case in of_op:
+        for case in of_op:  # up to the first that the row makes another kernel for
+            before = len(made.found)
             made.add(case, arch, case.dtypes[0], tables, f", row {at} of {table}")
+            if len(made.found) > before:
+                break
