@@ -1,0 +1,193 @@
+"""The ledger of predicted numbers: the counter on work whose bytes are known, its record, its page, and the bar."""
+
+import json
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("bytes are counted in the interpreter", allow_module_level=True)
+
+from bench import gpu, ledger, ledger_count, ledger_plan, ledger_table  # noqa: E402
+from bench.rivals import eager, inductor  # noqa: E402
+
+
+def case_of(op, name):
+    return next(case for case in gpu.cases() if (case.op, case.name) == (op, name))
+
+
+def counted(run):
+    with torch.no_grad(), ledger_count.counting() as work:
+        run()
+    return work
+
+
+# --- the counter ---
+
+
+def test_operations_read_and_write_each_tensor_once():
+    a, b = torch.zeros(10, 20), torch.zeros(10, 20)
+    assert counted(lambda: a + b).memory == 3 * 800
+    assert counted(lambda: a.add_(b)).memory == 3 * 800
+    assert counted(lambda: a.T[2:].view(18, 10)).memory == 0
+    assert counted(lambda: a.copy_(b)).memory == 2 * 800
+    assert counted(lambda: torch.zeros(5)).memory == 20
+    assert counted(lambda: a + b[:, :1]).memory == 2 * 800 + 40
+    assert counted(lambda: a + a).memory == 2 * 800
+    assert (
+        counted(lambda: b.gather(1, torch.zeros(10, 1, dtype=torch.int64))).memory
+        == 80 + 2 * 40 + 80
+    )
+
+
+def test_products_are_counted_and_not_computed():
+    a, b = torch.empty(256, 64, device="meta"), torch.empty(64, 512, device="meta")
+    work = counted(lambda: a @ b)
+    once = 4 * (256 * 64 + 64 * 512 + 256 * 512)
+    assert work.memory == once and work.flops == 2 * 256 * 64 * 512
+    # 2 tiles of 256 columns and 2 of 128 rows: each operand a second time
+    assert work.requested == once + 4 * (256 * 64 + 64 * 512)
+    real = counted(lambda: torch.ones(256, 64) @ torch.ones(64, 512))
+    assert real.flops == work.flops
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_sampled_programs_stand_for_all(rows):
+    case = case_of("swiglu", "backward")
+    given = case.make("cpu", torch.bfloat16, N=rows, F=1536)
+    work = counted(lambda: case.run(*given))
+    assert work.requested == work.memory == case.bytes(2, N=rows, F=1536)
+    assert work.exponentials == rows * 1536 and work.kernels == {"_backward": 1}
+
+
+def test_what_is_read_again_is_requested_and_not_memory():
+    case = case_of("linear_logprob", "forward")
+    shape = {"N": 300, "V": 700, "H": 64}
+    given = case.make("cpu", torch.float32, **shape)
+    work = counted(lambda: case.run(*given))
+    assert work.requested > work.memory > 0
+
+
+def test_eager_work_is_counted_by_phase():
+    shape = {"N": 32, "F": 64}
+    forward = eager.run("swiglu", "forward", torch.bfloat16, shape, ledger_count.counting)
+    assert forward.memory == 5 * 2 * 32 * 64 and forward.launches == 2  # silu, then the product
+    back = eager.run("swiglu", "backward", torch.bfloat16, shape, ledger_count.counting)
+    assert back.memory > forward.memory
+    assert eager.phases("loss and gradient") == (True, True)
+    short = eager.run("gae", "forward", torch.float32, {"S": 2, "T": 512}, ledger_count.counting)
+    long = eager.run("gae", "forward", torch.float32, {"S": 2, "T": 5120}, ledger_count.counting)
+    assert long.memory == 10 * short.memory and long.launches == 10 * short.launches
+
+
+def test_inductor_fuses_what_is_pointwise():
+    shape = {"N": 32, "F": 64}
+    assert inductor.run("swiglu", "forward", torch.bfloat16, shape) == (3 * 2 * 32 * 64, 1)
+
+
+def test_the_largest_floor_is_the_prediction():
+    row = {"dtype": "bfloat16", "memory": 3.35e9, "flops": 0.0, "exponentials": 0.0, "launches": 1}
+    assert ledger.predicted_ms(row) == (pytest.approx(1.0), "memory")
+    assert ledger.predicted_ms({**row, "flops": 1.98e12}) == (pytest.approx(2.0), "products")
+    assert ledger.predicted_ms({**row, "flops": 67e9, "dtype": "float32"})[0] == pytest.approx(1.0)
+    assert ledger.predicted_ms({**row, "exponentials": 42e9}) == (
+        pytest.approx(10.0),
+        "exponentials",
+    )
+    assert ledger.predicted_ms({**row, "launches": 1000}) == (pytest.approx(3.0), "launches")
+
+
+# --- the record ---
+
+
+@pytest.fixture(scope="module")
+def record():
+    return ledger.recorded()
+
+
+def test_a_cheap_case_is_as_recorded(record):
+    case = case_of("swiglu", "forward")
+    rows = {
+        row["by"]: row
+        for row in record["rows"]
+        if (row["op"], row["case"]) == ("swiglu", "forward")
+    }
+    now = {
+        row["by"]: row
+        for row in ledger.compared([ledger.engine_row(case), *ledger.other_rows(case)])
+    }
+    for by in (ledger.ENGINE, ledger.EAGER, ledger.COMPILED):
+        assert json.loads(json.dumps(now[by])) == rows[by], f"{by}: run `python -m bench.ledger`"
+
+
+def test_the_page_is_made_from_the_record(record):
+    assert ledger.PAGE.read_text() == ledger_table.page(record)
+    titles = [line for line in ledger.PAGE.read_text().splitlines() if line.startswith("#")]
+    assert all("predicted, not measured" in title.lower() for title in titles)
+    assert ledger.RECORD.read_text() == ledger.written(record["rows"])
+
+
+def test_every_case_has_a_row(record):
+    known = {(row["op"], row["case"]) for row in record["rows"]}
+    assert {(case.op, case.name) for case in gpu.cases() if case.op in eager.WORK} <= known
+
+
+BAR = ("linear_logprob", "ppo_policy_loss", "ppo_value_loss", "kl_reward_gae")
+
+
+@pytest.mark.parametrize("op", BAR)
+def test_no_alternative_that_does_the_whole_work_moves_fewer_bytes(record, op):
+    """Over all phases of a shape: what a forward leaves to its backward is paid for there."""
+    totals: dict[tuple[str, str], dict[str, float]] = {}
+    for row in record["rows"]:
+        if row["op"] == op and "memory" in row and not row.get("lacks"):
+            shape = row["case"].partition(", ")[2]
+            totals.setdefault((shape, row["by"]), {})[row["case"]] = row["memory"]
+    assert any(by == ledger.ENGINE for _, by in totals)
+    for (shape, by), moved in totals.items():
+        ours = totals[shape, ledger.ENGINE]
+        assert moved.keys() == ours.keys()
+        total, least = sum(moved.values()), sum(ours.values())
+        assert total >= least, f"{op} {shape}: {by} moves {total} bytes, the engine {least}"
+
+
+@pytest.mark.parametrize("op", BAR)
+def test_the_engine_does_not_spill_where_others_do(record, op):
+    ours = [row for row in record["rows"] if row["op"] == op and row["by"] == ledger.ENGINE]
+    assert ours and all(row["stack"] == row["local_in_loop"] == 0 for row in ours)
+
+
+def test_libraries_are_recorded_even_where_they_are_not_installed(record):
+    found = {row["by"] for row in record["rows"] if row["op"] == "linear_logprob"}
+    assert {"liger-kernel", "cut-cross-entropy", "verl"} <= found
+
+
+# --- the plan of an iteration ---
+
+
+def test_memory_of_a_policy_follows_from_its_parameters():
+    model = ledger_plan.MODELS["SmolLM2-135M"]
+    assert model.cache == 23_040  # bytes a token, docs/design.md
+    phases = ledger_plan.memory(model, model, ledger_plan.Batch(episodes=1, running=1, budget=1))
+    want = (
+        (2 + 4 + 8 + 4) * 2 * 134.5e6 + 4 * 134.5e6 + 4 * 134.5e6
+    )  # trained twice, averaged, frozen twice
+    assert phases["update policy"] == pytest.approx(want, rel=0.01)
+
+
+def test_more_ranks_need_less_and_take_less():
+    policy, value = ledger_plan.MODELS["GPT-3 1.3B"], ledger_plan.MODELS["GPT-3 6B"]
+    batch = ledger_plan.Batch()
+    one, eight = (ledger_plan.memory(policy, value, batch, ranks) for ranks in (1, 8))
+    assert all(eight[phase] < one[phase] for phase in one)
+    slow, fast = (ledger_plan.seconds(policy, value, batch, ranks) for ranks in (1, 8))
+    assert all(fast[phase] <= slow[phase] for phase in slow)
+
+
+def test_what_fits_follows_from_the_largest_phase(record):
+    assert record["plan"] == json.loads(json.dumps(ledger_plan.table()))
+    for row in record["plan"]:
+        largest = max(row["memory_gb"].values())
+        assert (row["fits"]["80 GB"] == "yes") == (largest <= 80 * ledger_plan.HELD)
