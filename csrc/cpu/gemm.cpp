@@ -109,6 +109,7 @@ namespace {
 
 // Less than some 10 microseconds of work is not worth a thread.
 constexpr int64_t kFlopsPerTask = 1 << 20, kBytesPerTask = 1 << 17;
+constexpr int64_t kStagedRows = 48;  // of a transposed operand at once: 200 KB for 1,024 tokens
 
 at::Tensor bytes(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at::kByte)); }
 
@@ -204,20 +205,6 @@ LeftOperand left_from(const at::Tensor& a, Arithmetic arithmetic) {
   return left;
 }
 
-LeftOperand left_from_transposed(const at::Tensor& a, Arithmetic arithmetic) {
-  const int64_t depth = a.size(0), rows = a.size(1);
-  LeftOperand left = staged(rows, depth, arithmetic);
-  if (arithmetic != Arithmetic::tiles) left.view.row = 1, left.view.depth = pick_block_rows()(arithmetic);
-  const int64_t block_bytes = block_bytes_of(left, arithmetic);
-  const Matrix source = matrix_of(a);
-  const auto one_chunk = pick_stage_chunk_transposed();
-  at::parallel_for(0, (depth + 31) / 32, tasks_of(rows * 32 * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      one_chunk(source, rows, depth, arithmetic, c, block_bytes, left.staged.data_ptr());
-  });
-  return left;
-}
-
 RightOperand right_from_columns(const at::Tensor& b, Arithmetic arithmetic) {
   const int64_t cols = b.size(0), depth = b.size(1);
   RightOperand right = unpacked(cols, depth, arithmetic);
@@ -286,6 +273,32 @@ void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, 
       const Part part{blocks * r / row_parts * height, std::min(blocks * (r + 1) / row_parts * height, rows),
                       panels * c / col_parts * width, std::min(panels * (c + 1) / col_parts * width, cols)};
       if (part.row0 < part.row1 && part.col0 < part.col1) run(left, right, depth, part, out);
+    }
+  });
+}
+
+// A is staged some blocks of rows at a time, by the thread that multiplies them, while they are in its cache: the whole of A
+// staged ahead goes to memory and back, an eighth of the time of a weight gradient.
+void multiply_transposed(const at::Tensor& a, const Right& right, int64_t cols, const Out& out) {
+  const int64_t depth = a.size(0), rows = a.size(1), panels = panels_of(cols), width = pick_panel_columns()();
+  if (rows == 0 || cols == 0) return;
+  const Matrix source = matrix_of(a);
+  const Arithmetic arithmetic = right.arithmetic;
+  const bool tiles = arithmetic == Arithmetic::tiles;
+  const int64_t height = pick_block_rows()(arithmetic), together = std::max<int64_t>(kStagedRows / height, 1) * height;
+  const auto stage = pick_stage_chunk_transposed();
+  const auto run = pick_product();
+  at::parallel_for(0, (rows + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+    LeftOperand left = staged(together, depth, arithmetic);
+    if (!tiles) left.view.row = 1, left.view.depth = height;
+    const int64_t block_bytes = block_bytes_of(left, arithmetic);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * together, n = std::min(together, rows - first);
+      const Matrix some{static_cast<const char*>(source.data) + first * (source.bf16 ? 2 : 4), source.bf16, source.stride};
+      for (int64_t chunk = 0; chunk < (depth + 31) / 32; ++chunk)
+        stage(some, n, depth, arithmetic, chunk, block_bytes, left.staged.data_ptr());
+      const Out to{static_cast<float*>(out.data) + first * out.stride, false, out.stride, out.accumulate, nullptr};
+      run(left.view, right, depth, {0, n, 0, std::min(panels * width, cols)}, to);
     }
   });
 }

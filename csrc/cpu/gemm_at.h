@@ -27,7 +27,6 @@ int64_t panels_of(int64_t cols);
 int64_t packed_panel_bytes(Arithmetic arithmetic, int64_t depth);
 
 LeftOperand left_from(const at::Tensor& a, Arithmetic arithmetic);             // (M, K)
-LeftOperand left_from_transposed(const at::Tensor& a, Arithmetic arithmetic);  // (K, M)
 RightOperand right_from_columns(const at::Tensor& b, Arithmetic arithmetic);   // (N, K)
 RightOperand right_from_rows(const at::Tensor& b, Arithmetic arithmetic);      // (K, N)
 Right right_of(const at::Tensor& packed, at::ScalarType storage, int64_t cols, int64_t depth);
@@ -39,5 +38,8 @@ Out out_of(const at::Tensor& c, bool accumulate = false, const float* bias = nul
 
 // C (rows, cols), cut into parts for the threads at hand.
 void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, int64_t depth, const Out& out);
+
+// C (M, N) = A^T B for A (K, M), on threads; C is float.
+void multiply_transposed(const at::Tensor& a, const Right& right, int64_t cols, const Out& out);
 
 }  // namespace engine

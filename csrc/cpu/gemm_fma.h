@@ -206,7 +206,7 @@ constexpr int64_t kDepthsAhead = 64;  // of several panels: 12 KiB under way, mo
 // Panel by panel, all rows over one while it is in the first cache; the next one is fetched meanwhile, a share with each
 // pass of rows. Few rows take several panels at once, each fetched some depths ahead.
 template <class B>
-static void fma_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+static void fma_panels(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
   const int64_t rows = part.row1 - part.row0, passes = (rows + kFmaRows - 1) / kFmaRows;
   FmaArguments f{};
   f.row = left.row, f.step = left.depth, f.depth = depth, f.panel_bytes = right.panel_bytes;
@@ -232,6 +232,20 @@ static void fma_product(const Left& left, const Right& right, int64_t depth, con
       fma_pass<B>(fma_kernel<B>(n), f, right, out, {row, row + n, col, smaller(col + kPanel, part.col1)}, 1);
     }
     col += kPanel;
+  }
+}
+
+// Many rows go over the panels a few passes at a time, which lie in the second cache with what they read next: all rows of a
+// training batch would come from the third for every panel (7 to 10 % more time on AVX2). A decode step's panels come from
+// memory, and its rows fit: there it is the panels that are read once.
+constexpr int64_t kManyRows = 96, kRowsTogether = 4 * kFmaRows;
+
+template <class B>
+static void fma_product(const Left& left, const Right& right, int64_t depth, const Part& part, const Out& out) {
+  const int64_t together = part.row1 - part.row0 < kManyRows ? part.row1 - part.row0 : kRowsTogether;
+  for (Part some = part; some.row0 < part.row1; some.row0 = some.row1) {
+    some.row1 = smaller(some.row0 + together, part.row1);
+    fma_panels<B>(left, right, depth, some, out);
   }
 }
 

@@ -157,6 +157,7 @@ constexpr int64_t kRowsOfChunk = 32;
 static void pack_rows_f32(const Matrix& source, int64_t cols, int64_t panel, int64_t k0, int64_t k1, float* out) {
   const int64_t first = panel * kPanel;
   for (int64_t k = k0; k < k1; ++k, out += kPanel) {
+    __builtin_prefetch(static_cast<const char*>(source.data) + (k * source.stride + first + 4 * kPanel) * (source.bf16 ? 2 : 4));
     store(out, float_words(source, k, first, cols - first));
     store(out + kLanes, float_words(source, k, first + kLanes, cols - first - kLanes));
   }
@@ -201,8 +202,14 @@ static void stage_rows(const Matrix& source, int64_t rows, int64_t depth, bool t
 // A from a matrix (K, M), a chunk of its rows: [K][rows of a block] floats, or tiles as above from transposed pairs.
 static void stage_columns_f32(const Matrix& source, int64_t rows, int64_t block, int64_t k0, int64_t k1, float* out) {
   const int64_t first = block * kFmaRows;
+  const bool whole = first + kFmaRows <= rows && !source.bf16;
   for (int64_t k = k0; k < k1; ++k, out += kFmaRows) {
     const int64_t at = k * source.stride + first;
+    if (whole) {
+      __builtin_prefetch(static_cast<const float*>(source.data) + at + 16 * source.stride);  // rows are pages apart
+      std::memcpy(out, static_cast<const float*>(source.data) + at, sizeof(float) * kFmaRows);
+      continue;
+    }
     for (int r = 0; r < kFmaRows; ++r) {
       if (first + r >= rows)
         out[r] = 0.0f;

@@ -46,7 +46,7 @@ void sum_columns(const Matrix& source, int64_t rows, int64_t col0, int64_t col1,
 namespace engine {
 namespace {
 
-constexpr int64_t kTokensPerPiece = 2048;  // of a weight gradient's depth: its staged operands stay near 10 MB
+constexpr int64_t kTokensPerPiece = 1024;  // of a weight gradient's depth: its packed operand stays near 5 MB
 
 void check_matrix(const at::Tensor& t, const char* name) {
   check_cpu_contiguous(t, name);
@@ -92,9 +92,8 @@ at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x, at::Scal
                               : at::empty({rows, cols}, x.options().dtype(at::kFloat));
   for (int64_t first = 0; first < tokens; first += kTokensPerPiece) {
     const int64_t n = std::min(kTokensPerPiece, tokens - first);
-    const LeftOperand left = left_from_transposed(grad.narrow(0, first, n), arithmetic);
     const RightOperand right = right_from_rows(x.narrow(0, first, n), arithmetic);
-    multiply(left.view, right.view, rows, cols, n, out_of(dw, first > 0));
+    multiply_transposed(grad.narrow(0, first, n), right.view, cols, out_of(dw, first > 0));
   }
   return dw;
 }

@@ -129,8 +129,7 @@ struct Backward {
         multiply(left_from(dz, weight).view, w.view, n, depth, width, out_of(dh.narrow(0, row0, n), col > 0));
       }
       if (dw.defined())
-        multiply(left_from_transposed(dz, activation).view, h.view, width, depth, n,
-                 out_of(dw.narrow(0, col, width), !first));
+        multiply_transposed(dz, h.view, depth, out_of(dw.narrow(0, col, width), !first));
     }
   }
 };
