@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.suite import work
-from engine.kernels.adamw import adamw_step_reference, bias_corrections, grad_norm
+from engine.kernels.adamw import adamw_step_reference, bias_corrections, grad_norm, grad_norm_reference
 from engine.model.names import Spec
 from engine.model.storage import Weights
 from engine.run.ema import EMA
@@ -86,6 +86,7 @@ def test_adamw_norm(benchmark, name):
     """torch: as in torch.nn.utils.clip_grad_norm_, without the pass that scales."""
     grads = [p.grad for p in smollm2().masters.values() if p.grad is not None]
     runs = {"engine": lambda: grad_norm(grads), "torch": lambda: torch.nn.utils.get_total_norm(grads)}
-    torch.testing.assert_close(runs["torch"]().double(), grad_norm(grads), rtol=1e-4, atol=0)
+    torch.testing.assert_close(grad_norm(grads), grad_norm_reference(grads), rtol=1e-12, atol=0)
+    torch.testing.assert_close(runs["torch"]().double(), grad_norm(grads), rtol=1e-3, atol=0)  # float32 sums
     work(benchmark, sum(grad.nbytes for grad in grads))
     benchmark(runs[name])
