@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from bench.suite import work
-from engine.kernels.adamw import adamw_step_reference, bias_corrections, grad_norm, grad_norm_reference
+from engine.kernels.adamw import (
+    adamw_step_reference,
+    bias_corrections,
+    grad_norm,
+    grad_norm_reference,
+)
 from engine.model.names import Spec
 from engine.model.storage import Weights
 from engine.run.ema import EMA
