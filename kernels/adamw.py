@@ -5,11 +5,9 @@
     w <- w - lr (weight_decay w + (m / bias_correction1) / (sqrt(v) / bias_correction2_sqrt + eps))
     copy <- round(w)                    ema <- ema + (1 - ema_decay) (w - ema)
 
-torch.optim.AdamW's arithmetic. `w` is the float32 master, `copy` the tensor that products read, `ema` the average of
-the masters (InstructGPT C.4). Separate passes read and write 28 bytes an element, then 6 for the copy and 16 for the
-average; one pass has the master in registers for all three.
-
-There is no C++ kernel: on the CPU the definition runs, in torch operations.
+torch.optim.AdamW's arithmetic. `w` is the float32 master, `copy` what products read (on the CPU row-major and packed),
+`ema` the average of the masters (InstructGPT C.4). Separate passes read and write 28 bytes an element, then 6 for the
+copy (8 with the packed one) and 16 for the average; one pass has the master in registers, or in the cache, for all.
 """
 
 import math
@@ -18,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._backend import choose, define, forced_backend, kernel
+from ._backend import choose, define, kernel
+from .linear import PackedWeight, packed_data, refresh_weight
 
 SQUARES = 16384  # elements of a tensor that one partial sum of squares takes, in order
 
@@ -85,20 +84,13 @@ def _check(
             raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous tensor")
 
 
-def _backend_of(*tensors: Tensor | None) -> str:
-    """`choose`, but where the CPU's kernels would run the definition does, which is all there is there."""
-    if forced_backend() in (None, "cpp") and not any(t is not None and t.is_cuda for t in tensors):
-        return "reference"
-    return choose("adamw", *tensors)
-
-
 @torch.no_grad()
 def adamw_step(
     master: Tensor,  # any shape, float32
     grad: Tensor,  # that shape, any floating dtype
     exp_avg: Tensor,  # float32
     exp_avg_sq: Tensor,  # float32
-    copy: Tensor | None,  # any floating dtype
+    copy: Tensor | PackedWeight | None,  # float32 or bfloat16, on a GPU float16 too; not packed on a GPU
     ema: Tensor | None,  # float32
     lr: float,
     beta1: float,
@@ -111,24 +103,32 @@ def adamw_step(
     ema_decay: float = 0.0,
 ) -> None:
     """One step of AdamW in place: moments, master, and where given the compute copy (rounded to nearest even) and the
-    average. `grad` stays as it is.
+    average. `grad` stays as it is. On the CPU the same bits for any number of threads, on every class.
 
     A `clip_scale` of 0 moves nothing, moments included: `clip_scale_of` gives it for a norm that is not finite.
     Raises ValueError on shapes and dtypes that do not fit. Source: Loshchilov and Hutter 2019, algorithm 2.
     """
-    _check(master, grad, exp_avg, exp_avg_sq, copy, ema)
-    numbers = (lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2_sqrt)
-    tensors = (master, grad, exp_avg, exp_avg_sq, copy, ema)
-    if _backend_of(*tensors) == "reference":
-        adamw_step_reference(*tensors, *numbers, clip_scale, ema_decay)
-        return
+    dense = copy.dense if isinstance(copy, PackedWeight) else copy
+    tensors = (master, grad, exp_avg, exp_avg_sq, dense, ema)
+    _check(*tensors)
     scale, clip = (1.0, clip_scale) if isinstance(clip_scale, Tensor) else (clip_scale, None)
     if scale == 0.0:
         return
-    kernel("adamw_step")(master, grad.contiguous(), *tensors[2:], *numbers, scale, clip, ema_decay)
-    # What the dispatcher does not do for an op that is registered from Python: autograd, and whoever watches
-    # for stale copies, sees that these were written to.
-    written = [t for t in (master, *tensors[2:]) if t is not None]
+    numbers = (lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2_sqrt)
+    backend = choose("adamw", *tensors)
+    packed = copy if isinstance(copy, PackedWeight) and copy.data is not None else None
+    given = (master, grad.contiguous(), exp_avg, exp_avg_sq)
+    if backend == "reference":
+        adamw_step_reference(*tensors, *numbers, clip_scale, ema_decay)
+    elif packed is not None and backend == "cpp":
+        kernel("adamw_step_packed")(*given, dense, packed_data(packed), ema, *numbers, scale, clip, ema_decay)
+    else:
+        kernel("adamw_step")(*given, dense, ema, *numbers, scale, clip, ema_decay)
+    if packed is not None and backend != "cpp" and float(clip_scale) != 0.0:  # on the CPU: nothing is packed elsewhere
+        refresh_weight(packed, master)
+    # What the dispatcher does not do for an op that is registered from Python: autograd, and whoever watches for
+    # stale copies, sees that these were written to.
+    written = [t for t in (master, exp_avg, exp_avg_sq, dense, ema) if t is not None]
     torch.autograd.graph.increment_version(written)
 
 
@@ -154,7 +154,7 @@ def grad_norm(tensors: Sequence[Tensor]) -> Tensor:  # (), float64, on their dev
     float64 throughout, in a fixed order: a float32 square cannot overflow, and the norm is not finite only where an
     element is not.
     """
-    if not tensors or _backend_of(*tensors) == "reference":
+    if not tensors or choose("adamw", *tensors) == "reference":
         return grad_norm_reference(tensors)
     squares = [kernel("square_sums")(t.detach().contiguous()) for t in tensors]
     return kernel("ordered_sum")(torch.cat(squares)).sqrt()
@@ -169,6 +169,13 @@ def clip_scale_of(norm: Tensor, max_norm: float | None) -> Tensor:  # () -> (), 
 define(
     "adamw_step(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor(d!)? copy, Tensor(e!)? ema, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, float bias_correction1, float bias_correction2_sqrt, float clip_scale,"
+    " Tensor? clip, float ema_decay) -> ()",
+    lambda *arguments: None,
+)
+define(
+    "adamw_step_packed(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!) dense, Tensor(e!) data, Tensor(f!)? ema, float lr, float beta1, float beta2, float eps,"
     " float weight_decay, float bias_correction1, float bias_correction2_sqrt, float clip_scale,"
     " Tensor? clip, float ema_decay) -> ()",
     lambda *arguments: None,

@@ -48,13 +48,14 @@ void pack_panel_from_columns(const Matrix& source, int64_t cols, int64_t depth, 
 void refresh_panel(const float* master, int64_t cols, int64_t depth, Arithmetic arithmetic, int64_t panel, void* dense,
                    bool bf16, void* out) {
   const int64_t begin = panel * kPanel * depth, end = smaller((panel + 1) * kPanel, cols) * depth;
-  with_type(bf16, [&]<typename T>(T*) {
-    T* to = static_cast<T*>(dense) + begin;
-    each_vector(end - begin, [&](int64_t i, int64_t count) {
-      const vfloat v = load_up_to(master + begin + i, count);
-      count < kLanes ? store_part(to + i, v, count) : stream(to + i, v);
+  if (dense != master)  // a float32 copy may be the master's own memory
+    with_type(bf16, [&]<typename T>(T*) {
+      T* to = static_cast<T*>(dense) + begin;
+      each_vector(end - begin, [&](int64_t i, int64_t count) {
+        const vfloat v = load_up_to(master + begin + i, count);
+        count < kLanes ? store_part(to + i, v, count) : stream(to + i, v);
+      });
     });
-  });
   // pairs and tiles are bf16 whatever the source; float32 panels of a bf16 weight need its rounded values
   const bool from_dense = bf16 && arithmetic == Arithmetic::f32;
   if (from_dense) stream_fence();

@@ -1,7 +1,7 @@
 """Where the numbers of a model live: float32 masters, and the compute copy that every forward
 reads.
 
-    copy = round(master)        once an optimizer step, in ``refresh``
+    copy = round(master)        once an optimizer step: in the step's own pass, or in ``refresh``
 
 Generation, scoring and the training forward read the copy only; gradients go straight through the
 rounding to the master's ``.grad``, in float32. A frozen model has no masters.
@@ -9,7 +9,7 @@ rounding to the master's ``.grad``, in float32. A frozen model has no masters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class Weights:
             else:
                 kept = self._storage_dtype(name)
                 self._copy(name, read(name).to(device, kept, copy=True).contiguous())
-        self._mark()
+        self._mark(self.masters)
 
     @property
     def trainable(self) -> bool:
@@ -85,9 +85,25 @@ class Weights:
         for name, master in self.masters.items():
             if name in self._packed:
                 refresh_weight(self._packed[name], master)
-            else:  # in place too: a step holds on to this memory
-                self._plain[name].copy_(master.detach().to(self._storage_dtype(name)))
-        self._mark()
+            else:
+                self._refresh_plain(name)
+        self._mark(self.masters)
+        self.version += 1
+
+    def written_by_step(self, name: str) -> PackedWeight | Tensor | None:
+        """What an optimizer step writes beside the master of this name, in the same pass: the compute copy of a matrix
+        or a table. None for a vector, a float32 tensor of rounded values, which ``step_taken`` makes."""
+        if name in self._packed:
+            return self._packed[name]
+        return self._plain[name] if self.specs[name].kind == "table" else None
+
+    def step_taken(self, names: Collection[str]) -> None:
+        """A step moved the masters of these names and wrote what ``written_by_step`` gave: their compute copy is new,
+        and the version counts up. A master that was written to besides stays stale."""
+        for name in names:
+            if self.written_by_step(name) is None:
+                self._refresh_plain(name)
+        self._mark(names)
         self.version += 1
 
     def check(self) -> None:
@@ -212,8 +228,12 @@ class Weights:
         else:
             self._plain[name] = source.to(kept).to(torch.float32, copy=True)
 
-    def _mark(self) -> None:
-        self._seen = {name: master._version for name, master in self.masters.items()}
+    def _refresh_plain(self, name: str) -> None:
+        """In place: a decode step holds on to this memory."""
+        self._plain[name].copy_(self.masters[name].detach().to(self._storage_dtype(name)))
+
+    def _mark(self, names: Iterable[str]) -> None:
+        self._seen.update({name: self.masters[name]._version for name in names})
 
     def _through(self, name: str) -> Tensor:
         master = self.master(name)

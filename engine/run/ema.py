@@ -19,7 +19,8 @@ from engine.errors import CheckpointError, ConfigError
 class EMA:
     """Averages of named parameters, in their own dtype (the fp32 masters of a run).
 
-    `parameters` is read at every `update` and written only inside `swapped`.
+    `parameters` is read at every `update` and written only inside `swapped`. An `Optimizer` that is given this updates
+    it within its steps, to the same bits on the CPU: then nobody calls `update`.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float = 0.992) -> None:
@@ -39,6 +40,11 @@ class EMA:
             # the vector body than in the scalar tail, whose place depends on the threads.
             difference = parameter.detach() - self.averages[name]
             self.averages[name].add_(difference.mul_(1 - self.decay))
+
+    def within_step(self) -> dict[str, Tensor]:
+        """The averages by name, for a step that takes the new weights into them in its own pass. Not copies."""
+        self._refuse_while_swapped("within_step")
+        return self.averages
 
     def state(self) -> dict[str, Tensor]:
         """The averages by name, for a checkpoint or for saving the averaged model. Not copies."""

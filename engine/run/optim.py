@@ -8,25 +8,28 @@ The tf form is the torch form with eps / sqrt(1 - b2^t) in place of eps: a large
 hence smaller first steps (the predecessors of InstructGPT trained with it and eps 1e-5).
 Betas (0.9, 0.95): InstructGPT appendix C. Eps, decay and clipping are not in the paper.
 
-torch's fused AdamW does the arithmetic; the default one is several times slower on a CPU.
+A tensor is gone through once (engine.kernels.adamw): the clip is a factor of that pass, and where the weights' compute
+copy and their average are given, the same pass writes both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from engine.errors import CheckpointError, ConfigError
+from engine.kernels.adamw import adamw_step, bias_corrections, grad_norm
+from engine.kernels.linear import PackedWeight
+from engine.run.ema import EMA
 
-# A block is short enough that torch never splits its sum between threads (it does from 32,768
-# elements on), so that the norm has the same bits for any number of threads.
-NORM_BLOCK = 4096
+# A gradient above this has a square that float32 cannot hold: the second moment would be infinite from then on.
+LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 # Tables of vectors, one row a token or a position. They have two dimensions like a matrix, but a
 # row is touched only when its token occurs: decay would pull the rare ones to zero.
 EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions"})  # of engine.model.names
@@ -56,7 +59,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm` before clipping; `skipped` says that it was not finite and no weight moved."""
+    """`grad_norm` before clipping; `skipped` says that it was not finite, or too large, and no weight moved."""
 
     grad_norm: float
     skipped: bool
@@ -70,33 +73,33 @@ def decays(name: str, parameter: Tensor) -> bool:
 def global_norm(tensors: Iterable[Tensor]) -> float:
     """sqrt(sum of squares) over all elements of all tensors.
 
-    fp32 within fixed blocks, float64 between them; the same bits for any number of threads.
+    float64 throughout, in a fixed order: the same bits for any number of threads.
     """
-    total = 0.0
-    elsewhere = []
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
-        norms = [torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)]
-        norms.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
-        squares = torch.cat(norms).double().square_()
-        if squares.device.type == "cpu":
-            total += math.fsum(squares.tolist())
-        else:  # read once, not once a tensor
-            elsewhere.append(squares.sum())
-    if elsewhere:
-        total += float(torch.stack(elsewhere).sum())
-    return math.sqrt(total)
+    return float(grad_norm(list(tensors)))
+
+
+class ComputeCopy(Protocol):
+    """What a step renews beside the masters: engine.model.storage.Weights."""
+
+    def master(self, name: str) -> Parameter | None: ...
+    def written_by_step(self, name: str) -> PackedWeight | Tensor | None: ...
+    def step_taken(self, names: Collection[str]) -> None: ...
 
 
 class Optimizer:
     """One Adam over named parameters; the learning rate is given at each step.
 
-    `parameters` must be float32 and every one of them must have a gradient at `step`.
+    `parameters` must be float32 and every one of them must have a gradient at `step`. With `weights`, whose masters
+    they are, a step leaves the compute copy new and its version one higher: no `refresh` is due. With `ema` of the
+    same parameters it takes the new weights into the average.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], config: OptimizerConfig | None = None
+        self,
+        parameters: Mapping[str, Parameter],
+        config: OptimizerConfig | None = None,
+        weights: ComputeCopy | None = None,
+        ema: EMA | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.config = config or OptimizerConfig()
@@ -112,37 +115,30 @@ class Optimizer:
                     f"optimizer: {name} is {parameter.dtype}, want float32 masters: an update of "
                     "1e-6 of a weight is lost in anything shorter"
                 )
-        decayed = [p for name, p in self.parameters.items() if decays(name, p)]
-        others = [p for name, p in self.parameters.items() if not decays(name, p)]
-        groups = [
-            {"params": decayed, "weight_decay": self.config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self._adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=self.config.betas, fused=True
-        )
-        for parameter in self.parameters.values():
-            # What torch makes at its first step, made now: the state is complete from the start.
-            self._adam.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        for name, parameter in self.parameters.items():
+            if weights is not None and weights.master(name) is not parameter:
+                raise ConfigError(f"optimizer: got weights whose master is not {name}, want those of the parameters")
+            if ema is not None and ema.parameters.get(name) is not parameter:
+                raise ConfigError(f"optimizer: got an average without {name}, want one of the same parameters")
+        self._weights, self._ema = weights, ema
+        self._exp_avg = {n: torch.zeros_like(p, requires_grad=False) for n, p in self.parameters.items()}
+        self._exp_avg_sq = {n: torch.zeros_like(p, requires_grad=False) for n, p in self.parameters.items()}
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self._adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def grad_norm(self) -> float:
         """The global norm of the gradients gathered so far; one that is missing counts as 0."""
         return global_norm(p.grad for p in self.parameters.values() if p.grad is not None)
 
     def step(self, lr: float, max_grad_norm: float | None = None) -> StepResult:
-        """Clip the gradients to a global norm of `max_grad_norm` (None: do not), then step.
+        """Step with gradients clipped to a global norm of `max_grad_norm` (None: not), which stay as they are.
 
-        A norm that is not finite moves nothing, neither weights nor moments nor the step count: the
-        result says so and `skipped` counts it. Raises `RuntimeError` when a parameter has no
-        gradient, which is a mistake of the caller's loss.
+        A norm that is not finite, or that float32 cannot square, moves nothing, neither weights nor moments nor the
+        step count: the result says so and `skipped` counts it. Raises `RuntimeError` when a parameter has no gradient,
+        which is a mistake of the caller's loss.
         """
         without = [name for name, p in self.parameters.items() if p.grad is None]
         if without:
@@ -151,21 +147,42 @@ class Optimizer:
                 f"({', '.join(without[:5])}, ...); want a backward pass that reaches all of them"
             )
         norm = self.grad_norm()
-        if not math.isfinite(norm):
+        clipped = max_grad_norm is not None and norm > max_grad_norm
+        scale = max_grad_norm / norm if clipped and max_grad_norm is not None else 1.0
+        if not norm * scale < LARGEST:  # nan too
             self.skipped += 1
             return StepResult(norm, skipped=True)
-        if max_grad_norm is not None and norm > max_grad_norm:
-            for parameter in self.parameters.values():
-                assert parameter.grad is not None
-                parameter.grad.mul_(max_grad_norm / norm)
-        eps = self.config.eps
-        if self.config.eps_style == "tf":
-            eps /= math.sqrt(1 - self.config.betas[1] ** (self.steps + 1))
-        for group in self._adam.param_groups:
-            group["lr"], group["eps"] = lr, eps
-        self._adam.step()
+        self.move(lr, scale)
         self.steps += 1
         return StepResult(norm, skipped=False)
+
+    def move(self, lr: float, clip_scale: float) -> None:
+        """One pass over each tensor with gradients times `clip_scale`; `step` without its checks and its count."""
+        beta1, beta2 = self.config.betas
+        corrections = bias_corrections(beta1, beta2, self.steps + 1)
+        eps = self.config.eps / (corrections[1] if self.config.eps_style == "tf" else 1.0)
+        averages = {} if self._ema is None else self._ema.within_step()
+        decay = 0.0 if self._ema is None else self._ema.decay
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None
+            adamw_step(
+                parameter,
+                parameter.grad,
+                self._exp_avg[name],
+                self._exp_avg_sq[name],
+                None if self._weights is None else self._weights.written_by_step(name),
+                averages.get(name),
+                lr,
+                beta1,
+                beta2,
+                eps,
+                self.config.weight_decay if decays(name, parameter) else 0.0,
+                *corrections,
+                clip_scale,
+                decay,
+            )
+        if self._weights is not None:
+            self._weights.step_taken(self.parameters)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a later step depends on, plus the count of skipped steps. Not copies."""
@@ -173,9 +190,9 @@ class Optimizer:
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "skipped": torch.tensor(self.skipped, dtype=torch.int64),
         }
-        for name, parameter in self.parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self._adam.state[parameter][moment]
+        for name in self.parameters:
+            tensors[f"exp_avg.{name}"] = self._exp_avg[name]
+            tensors[f"exp_avg_sq.{name}"] = self._exp_avg_sq[name]
         return tensors
 
     @torch.no_grad()
@@ -195,8 +212,6 @@ class Optimizer:
                     f"checkpoint, want {tuple(tensor.shape)} {tensor.dtype}"
                 )
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
-        for name, parameter in self.parameters.items():
-            moments = self._adam.state[parameter]
-            moments["step"].fill_(self.steps)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                moments[moment].copy_(state[f"{moment}.{name}"])
+        for name in self.parameters:
+            self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
+            self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from engine.config import EpochConfig
 from engine.data.pack import epoch_steps, step_rows
+from engine.model.storage import Weights
 from engine.run.optim import Optimizer, OptimizerConfig
 from engine.run.schedule import cosine_to_floor
 from engine.run.session import Session, peak_memory_gb
@@ -26,8 +27,9 @@ Evaluate = Callable[[], dict[str, float]]
 class Trainable(Protocol):
     """What Model and ScalarModel share."""
 
+    @property
+    def weights(self) -> Weights: ...
     def parameters(self) -> dict[str, Parameter]: ...
-    def refresh(self) -> None: ...
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
@@ -53,7 +55,7 @@ def run_epochs(
         eps_style=config.adam_eps_style,
         weight_decay=config.weight_decay,
     )
-    optimizer = Optimizer(model.parameters(), adam)
+    optimizer = Optimizer(model.parameters(), adam, model.weights)
     per_epoch, total = epoch_steps(num_rows, config.batch_size), total_steps(config, num_rows)
     start, tokens_seen = restore(session, model, optimizer)
     if start == 0:
@@ -67,8 +69,6 @@ def run_epochs(
             step, total, config.learning_rate, config.lr_floor, config.warmup_steps
         )
         result = optimizer.step(lr, config.max_grad_norm or None)
-        if not result.skipped:
-            model.refresh()
         seconds = time.perf_counter() - began
         tokens_seen += int(metrics["num_tokens"])
         done = step + 1

@@ -6,8 +6,8 @@ import pytest
 OPS = {
     "products": ["edges", "linear", "linear_logprob", "linear_sample"],
     "attention": ["attention", "attention_decode", "transformer_step"],
-    "small": ["gae", "gelu", "kl_reward", "layernorm", "ppo_policy_loss", "ppo_value_loss", "ranking_loss", "rmsnorm",
-              "rope", "swiglu", "whiten"],
+    "small": ["adamw", "gae", "gelu", "kl_reward", "layernorm", "ppo_policy_loss", "ppo_value_loss", "ranking_loss",
+              "rmsnorm", "rope", "swiglu", "whiten"],
 }  # fmt: skip
 # What tests the definition, the schema or the errors; what is long and goes through no other memory.
 LEFT_OUT = (

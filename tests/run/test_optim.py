@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from engine.errors import CheckpointError, ConfigError
+from engine.kernels._backend import backend
+from engine.kernels.linear import pack_weight
+from engine.model.names import Kind, Spec
+from engine.model.storage import StaleWeightsError, Weights
+from engine.run.ema import EMA
 from engine.run.optim import Optimizer, OptimizerConfig, decays, global_norm
 
 SHAPES = {
@@ -111,11 +116,26 @@ def test_global_norm_and_clip() -> None:
         assert p.grad is not None and torch.equal(
             p.grad, gradients[n]
         )  # below the limit: untouched
+    before = {n: t.clone() for n, t in optimizer.state().items()}
     result = optimizer.step(0.0, max_grad_norm=0.5)
     assert result.grad_norm == pytest.approx(want, rel=1e-6)  # the norm before the clip
-    assert optimizer.grad_norm() == pytest.approx(0.5, rel=1e-5)
+    after = optimizer.state()
     for n, p in parameters.items():
-        torch.testing.assert_close(p.grad, gradients[n] * (0.5 / want), rtol=1e-6, atol=0)
+        assert p.grad is not None and torch.equal(p.grad, gradients[n])  # it is a factor of the pass
+        clipped = gradients[n] * (0.5 / want)
+        moment = 0.9 * before[f"exp_avg.{n}"] + 0.1 * clipped
+        torch.testing.assert_close(after[f"exp_avg.{n}"], moment, rtol=1e-5, atol=1e-8)
+
+
+def test_a_gradient_that_float32_cannot_square_is_clipped_or_skipped() -> None:
+    """Unclipped its second moment would be infinite, and the weight would never move again."""
+    parameters = _parameters()
+    optimizer = Optimizer(parameters)
+    _set_gradients(parameters, 0, scale=1e25)
+    assert optimizer.step(0.1).skipped and optimizer.skipped == 1
+    assert not any(t.any() for n, t in optimizer.state().items() if n.startswith("exp_avg"))
+    assert not optimizer.step(0.1, 1.0).skipped
+    assert all(torch.isfinite(t).all() for t in optimizer.state().values())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -206,3 +226,140 @@ def test_misuse_is_named() -> None:
     for change in ({"eps": 0.0}, {"betas": (0.9, 1.0)}, {"eps_style": "x"}, {"weight_decay": -1.0}):
         with pytest.raises(ConfigError, match="optimizer: got"):
             OptimizerConfig(**change)  # type: ignore[arg-type]
+
+
+KINDS: dict[str, Kind] = {
+    "embed_positions.weight": "table",
+    "mlp.weight": "matrix",
+    "query.weight": "matrix",
+    "key.weight": "matrix",
+    "norm.weight": "vector",
+    "score.weight": "score",
+}
+
+
+def _weights(dtype: torch.dtype) -> Weights:
+    generator = torch.Generator().manual_seed(0)
+    vector = {name: (37,) if kind == "vector" else (19, 37) for name, kind in KINDS.items()}
+    specs = {name: Spec(vector[name], kind) for name, kind in KINDS.items()}
+    weights = Weights(specs, lambda n: torch.randn(vector[n], generator=generator), dtype, True)
+    weights.fuse(["query.weight", "key.weight"])
+    return weights
+
+
+def _copies(weights: Weights) -> dict[str, Tensor]:
+    """All of the compute copy: as it is stored, and packed."""
+    found = {n: weights.stored(n) for n in weights.masters}
+    for name, kind in KINDS.items():
+        data = weights.packed(name).data if kind in ("matrix", "score") else None
+        found |= {} if data is None else {f"{name} packed": data}
+    return found
+
+
+def _places(weights: Weights) -> list[int]:
+    packed = [weights.packed(n) for n, kind in KINDS.items() if kind in ("matrix", "score")]
+    plain = [weights.vector(n) for n, kind in KINDS.items() if kind in ("vector", "table")]
+    kept = [p.dense for p in packed] + [p.data for p in packed if p.data is not None] + plain
+    return [t.data_ptr() for t in kept]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_leaves_compute_copy_and_average_new(dtype: torch.dtype) -> None:
+    """As three passes do, to the bit: the step, a refresh, the average's update."""
+    one, three = _weights(dtype), _weights(dtype)
+    average, other = EMA(one.masters, 0.75), EMA(three.masters, 0.75)
+    config = OptimizerConfig(weight_decay=0.1)
+    in_one_pass = Optimizer(one.masters, config, one, average)
+    alone = Optimizer(three.masters, config)
+    places = _places(one)
+    for step in range(3):
+        _set_gradients(one.masters, step)
+        _set_gradients(three.masters, step)
+        assert in_one_pass.step(0.01, 1.0) == alone.step(0.01, 1.0)
+        three.refresh()
+        other.update()
+        one.check()
+        assert one.version == three.version == step + 1
+        assert all(torch.equal(p, three.masters[n]) for n, p in one.masters.items())
+        want = _copies(three)
+        assert all(torch.equal(t, want[n]) for n, t in _copies(one).items())
+        assert all(torch.equal(a, other.state()[n]) for n, a in average.state().items())
+        for name, master in one.masters.items():
+            assert torch.equal(one.stored(name), master.detach().to(one.stored(name).dtype))
+        packed = one.packed("mlp.weight")
+        again = pack_weight(one.masters["mlp.weight"].detach().clone(), dtype)
+        assert packed.data is None or torch.equal(packed.data, again.data)
+    assert places == _places(one)  # decode steps and their graphs hold these pointers
+
+
+def test_the_definition_does_the_same_through_the_front_door() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        with backend("reference"):
+            weights = _weights(dtype)
+            average = EMA(weights.masters, 0.75)
+            optimizer = Optimizer(weights.masters, weights=weights, ema=average)
+            start = average.state()["mlp.weight"].clone()
+            _set_gradients(weights.masters, 0)
+            optimizer.step(0.01)
+        weights.check()
+        master = weights.masters["mlp.weight"].detach()
+        assert weights.version == 1 and torch.equal(weights.stored("mlp.weight"), master.to(dtype))
+        torch.testing.assert_close(average.state()["mlp.weight"], 0.75 * start + 0.25 * master)
+
+
+def test_a_skipped_step_counts_no_version() -> None:
+    weights = _weights(torch.bfloat16)
+    average = EMA(weights.masters, 0.75)
+    optimizer = Optimizer(weights.masters, weights=weights, ema=average)
+    before = {**_copies(weights), **{f"ema {n}": a.clone() for n, a in average.state().items()}}
+    before = {n: t.clone() for n, t in before.items()}
+    _set_gradients(weights.masters, 0, scale=math.inf)
+    assert optimizer.step(0.01).skipped and weights.version == 0
+    weights.check()
+    after = {**_copies(weights), **{f"ema {n}": a for n, a in average.state().items()}}
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_a_master_written_by_hand_is_still_found() -> None:
+    weights = _weights(torch.bfloat16)
+    part = {n: p for n, p in weights.masters.items() if n != "key.weight"}
+    optimizer = Optimizer(part, weights=weights)
+    _set_gradients(part, 0)
+    optimizer.step(0.01)
+    weights.check()
+    for name in ("mlp.weight", "key.weight"):  # one that steps move, one that they do not
+        with torch.no_grad():
+            weights.masters[name].mul_(1.5)
+        with pytest.raises(StaleWeightsError, match=rf"{name}.*version"):
+            weights.check()
+        if name == "key.weight":
+            optimizer.step(0.01)  # of the others: its copy is as old as before
+            with pytest.raises(StaleWeightsError, match=name):
+                weights.check()
+        weights.refresh()
+        weights.check()
+
+
+def test_a_step_that_breaks_off_leaves_the_weights_stale() -> None:
+    weights = _weights(torch.bfloat16)
+    optimizer = Optimizer(weights.masters, weights=weights)
+    _set_gradients(weights.masters, 0)
+    optimizer._exp_avg["score.weight"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="exp_avg: got shape"):
+        optimizer.step(0.01)
+    assert weights.version == 0
+    with pytest.raises(StaleWeightsError):
+        weights.check()
+
+
+def test_an_average_or_weights_of_others_are_refused() -> None:
+    weights, other = _weights(torch.bfloat16), _weights(torch.bfloat16)
+    with pytest.raises(ConfigError, match="got weights whose master is not embed_positions.weight"):
+        Optimizer(weights.masters, weights=other)
+    with pytest.raises(ConfigError, match="an average without embed_positions.weight"):
+        Optimizer(weights.masters, ema=EMA(other.masters))
+    average = EMA(weights.masters)
+    optimizer = Optimizer(weights.masters, weights=weights, ema=average)
+    _set_gradients(weights.masters, 0)
+    with average.swapped(), pytest.raises(RuntimeError, match="EMA.within_step.*swapped"):
+        optimizer.step(0.01)

@@ -61,12 +61,13 @@ class PPO:
             weight_decay=config.weight_decay,
         )
         parameters = policy.model.parameters()
+        ema = EMA(parameters, config.ema_decay) if config.ema_decay > 0 else None
         self.learner = Learner(
             policy.model,
             value,
-            Optimizer(parameters, adam),
-            Optimizer(value.parameters(), adam),
-            EMA(parameters, config.ema_decay) if config.ema_decay > 0 else None,
+            Optimizer(parameters, adam, policy.model.weights, ema),
+            Optimizer(value.parameters(), adam, value.weights),
+            ema,
         )
         self.kl: KLController = (
             FixedKL(config.kl_coef)

@@ -25,7 +25,10 @@ from engine.stages.ppo.ptx import backward_lm_loss
 
 @dataclass(frozen=True)
 class Learner:
-    """What an update changes: policy, value model, their optimizers, the policy's average."""
+    """What an update changes: policy, value model, their optimizers, the policy's average.
+
+    The optimizers hold the models' weights and the average: a step renews all.
+    """
 
     policy: Model
     value: ScalarModel
@@ -187,17 +190,13 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
 
 
 def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) -> int:
-    """One clip and one step of each model; the compute copies are renewed. Returns how many were skipped."""
+    """One clip and one step of each model, which renews compute copy and average. Returns how many were skipped."""
     clip = config.max_grad_norm or None
     policy = learner.policy_optimizer.step(targets.learning_rate, clip)
     value = learner.value_optimizer.step(targets.value_learning_rate, clip)
     if not policy.skipped:
-        learner.policy.refresh()
         means.add(1, grad_norm=policy.grad_norm)
-        if learner.ema is not None:
-            learner.ema.update()
     if not value.skipped:
-        learner.value.refresh()
         means.add(1, value_grad_norm=value.grad_norm)
     return int(policy.skipped) + int(value.skipped)
 
