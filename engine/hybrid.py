@@ -32,6 +32,7 @@ from engine.model import transformer
 from engine.model.transformer import Model
 from engine.model.weights import load_policy, save_policy
 from engine.run.device import to_host
+from engine.run.distributed import ALONE, Ranks
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]  # text, a chat, or token ids
@@ -71,6 +72,7 @@ class HybridEngine:
         trainable: bool = False,
         limits: Limits | None = None,
         device: str = "auto",
+        ranks: Ranks = ALONE,
     ) -> HybridEngine:
         """Load a Hugging Face folder or hub id (safetensors, never remote code).
 
@@ -80,6 +82,7 @@ class HybridEngine:
             trainable: keep float32 masters beside it.
             limits: sequences decoded together and memory for keys and values (None: the defaults).
             device: "cpu", "cuda", or "auto": the GPU where there is one.
+            ranks: the processes that train it together.
 
         Raises:
             ModelError: no such folder, or not a model (with a tokenizer) that this engine runs.
@@ -87,7 +90,7 @@ class HybridEngine:
         """
         with ThreadPoolExecutor(1) as beside:  # Python imports for a second while C++ packs weights
             tokenizer = beside.submit(load_tokenizer, folder)
-            model = load_policy(folder, dtype=dtype, trainable=trainable, device=device)
+            model = load_policy(folder, dtype=dtype, trainable=trainable, device=device, ranks=ranks)
             return cls(model, tokenizer.result(), limits)
 
     @property
@@ -104,6 +107,12 @@ class HybridEngine:
     def refresh(self) -> None:
         """Remake the compute copy from the masters; call it after each optimizer step."""
         self.model.refresh()
+
+    def whole(self) -> HybridEngine:
+        """This engine, or where its weights are sharded over processes a frozen one with all of them, which the
+        processes make together: what generates, scores and is saved."""
+        model = transformer.whole(self.model)
+        return self if model is self.model else HybridEngine(model, self.tokenizer, self.limits, self.score_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain Hugging Face folder with the tokenizer."""

@@ -47,8 +47,12 @@ class ScalarModel(Model):
 
 def scores(model: ScalarModel, hidden: Tensor) -> Tensor:  # (M, H) -> (M,) float32
     """hidden . w + constant, a row; differentiable."""
-    (score,) = model.weights.project(hidden.float(), ("score",))
-    return score.squeeze(1) + model.constant
+
+    def head(x: Tensor) -> Tensor:  # (M, H) float32 -> (M, 1)
+        (score,) = model.weights.project(x, ("score",))
+        return score
+
+    return model.weights.through("score", head, hidden.float()).squeeze(1) + model.constant
 
 
 def new_score_weight(hidden_size: int, seed: int) -> Tensor:  # (1, H) float32

@@ -60,14 +60,17 @@ class Weights:
         self._plain: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, ...], Tensor] = {}
         self._seen: dict[str, int] = {}
+        self._load(read, trainable)
+
+    def _load(self, read: Callable[[str], Tensor], trainable: bool) -> None:
         for name in self.specs:
             if trainable:
-                tensor = read(name).to(device, torch.float32, copy=True).contiguous()
+                tensor = read(name).to(self.device, torch.float32, copy=True).contiguous()
                 self.masters[name] = Parameter(tensor)
                 self._copy(name, tensor)
             else:
                 kept = self._storage_dtype(name)
-                self._copy(name, read(name).to(device, kept, copy=True).contiguous())
+                self._copy(name, read(name).to(self.device, kept, copy=True).contiguous())
         self._mark(self.masters)
 
     @property
@@ -117,7 +120,20 @@ class Weights:
                     " forward"
                 )
 
-    def master(self, name: str) -> Parameter | None:
+    def through(self, part: str, run: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """run(*args), a pass through a part of the network: "layers.N", "score", or "" for the whole.
+
+        The weights of all parts are at hand here; where they are sharded (sharded.py) a part's are gathered for it. So
+        this is outermost: what computes a layer again in its backward goes inside.
+        """
+        return run(*args)
+
+    def whole(self) -> Weights:
+        """Weights to generate and score with: these, or where they are sharded a frozen copy of them as they are now,
+        gathered by all ranks together."""
+        return self
+
+    def master(self, name: str) -> Tensor | None:
         """The float32 master, or None in a frozen model."""
         return self.masters.get(name)
 

@@ -19,6 +19,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -141,6 +142,13 @@ def clone(model: AnyModel, trainable: bool) -> AnyModel:
     return replace(model, weights=model.weights.clone(trainable))
 
 
+def whole(model: AnyModel) -> AnyModel:
+    """The model to generate and score with: itself, or where its weights are sharded a frozen copy of it as it is now,
+    which all ranks make together and which takes its memory for as long as it is held."""
+    weights = model.weights.whole()
+    return model if weights is model.weights else replace(model, weights=weights)
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Residual dropout, on the output of each sub-layer: kept entries are divided by 1 - p.
@@ -224,17 +232,12 @@ def hidden_states(
     _check_range("token", tokens, a.vocab_size, "the vocabulary")
     longest = _check_range("position", positions, a.max_positions, "max_position_embeddings")
     tokens, positions = to_device(tokens, model.device), to_device(positions, model.device)
-    x = weights.lookup("embed_tokens.weight", tokens)  # (N, H) float32
     table = None
-    if a.rope is None:
-        x = x + weights.lookup("embed_positions.weight", positions)
-    else:
+    if a.rope is not None:
         rows = max(SMALLEST_TABLE, 1 << longest.bit_length())
         table = rope_table(a.rope, rows, model.device)
     step = _Pass(model, positions, attend, dropout, table, model.act_dtype)
-    for layer in range(a.num_layers):
-        x = _block(step, layer, x)
-    return step.norm("norm", x)
+    return weights.through("", partial(_network, step), tokens)
 
 
 def forward(
@@ -272,6 +275,16 @@ def logits(model: Model, hidden: Tensor) -> Tensor:  # (M, H) -> (M, V) float32
     training."""
     master = model.weights.master(model.head_name)
     return linear(hidden, model.head, None, master, torch.float32)
+
+
+def _network(step: _Pass, tokens: Tensor) -> Tensor:  # (N,) -> (N, H), act_dtype
+    a, weights = step.model.architecture, step.model.weights
+    x = weights.lookup("embed_tokens.weight", tokens)  # (N, H) float32
+    if a.rope is None:
+        x = x + weights.lookup("embed_positions.weight", step.positions)
+    for layer in range(a.num_layers):
+        x = weights.through(f"layers.{layer}", partial(_block, step, layer), x)
+    return step.norm("norm", x)
 
 
 def _block(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) float32 -> same

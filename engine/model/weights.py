@@ -11,6 +11,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from torch import Tensor
 from engine.errors import ModelError
 from engine.kernels._backend import kernels_usable
 from engine.run.device import HOST, choose_device, to_host
+from engine.run.distributed import ALONE, Ranks
 
 from .architectures import Architecture, read_architecture
 from .folder import match, open_folder, read_json
 from .heads import ScalarModel, choose_pad_token, new_score_weight
-from .names import NAMINGS, Head, parameter_specs, place_of
+from .names import NAMINGS, Head, Spec, parameter_specs, place_of
 from .storage import Weights
-from .transformer import Model
+from .transformer import AnyModel, Model, clone
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SCORE_CONSTANT = "engine_score_constant"
@@ -81,7 +83,11 @@ def resolve_folder(folder: str | Path) -> Path:
 
 
 def load_policy(
-    folder: str | Path, dtype: str = "auto", trainable: bool = False, device: str = "auto"
+    folder: str | Path,
+    dtype: str = "auto",
+    trainable: bool = False,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Model:
     """The language model of a folder or hub id.
 
@@ -90,22 +96,27 @@ def load_policy(
         dtype: storage of the compute copy: "auto", "bfloat16" or "float32".
         trainable: keep float32 masters.
         device: "cpu", "cuda", or "auto": the GPU where there is one.
+        ranks: the processes that train it together: each keeps its part of the masters. A frozen model is whole.
 
     Raises:
         ModelError: a setting that is not supported, or tensors that do not fit it, each named.
         ConfigError: a device that is not there.
     """
     path = resolve_folder(folder)
-    config, a, weights = _load(path, dtype, trainable, device, "lm_head")
+    config, a, weights = _load(path, dtype, trainable, device, ranks, "lm_head")
     return Model(a, weights, config, _generation_config(path))
 
 
 def load_scalar(
-    folder: str | Path, dtype: str = "auto", trainable: bool = False, device: str = "auto"
+    folder: str | Path,
+    dtype: str = "auto",
+    trainable: bool = False,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> ScalarModel:
     """The scalar model of a folder; arguments and errors as ``load_policy``."""
     path = resolve_folder(folder)
-    config, a, weights = _load(path, dtype, trainable, device, "score")
+    config, a, weights = _load(path, dtype, trainable, device, ranks, "score")
     constant = config.get(SCORE_CONSTANT, 0.0)
     if isinstance(constant, bool) or not isinstance(constant, int | float):
         raise ModelError(f"{path}/config.json: {SCORE_CONSTANT}: got {constant!r}, want a number")
@@ -118,6 +129,7 @@ def scalar_from_policy(
     dtype: str = "auto",
     trainable: bool = True,
     device: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> ScalarModel:
     """A scalar model with the trunk of a language model and a new head; arguments and errors as
     ``load_policy``.
@@ -126,7 +138,7 @@ def scalar_from_policy(
         seed: of the head's numbers.
     """
     path = resolve_folder(folder)
-    config, a, weights = _load(path, dtype, trainable, device, "score", seed)
+    config, a, weights = _load(path, dtype, trainable, device, ranks, "score", seed)
     return ScalarModel(a, weights, config, _generation_config(path))
 
 
@@ -135,6 +147,7 @@ def _load(
     dtype: str,
     trainable: bool,
     device: str,
+    ranks: Ranks,
     head: Head,
     head_seed: int | None = None,
 ) -> tuple[dict[str, Any], Architecture, Weights]:
@@ -152,7 +165,32 @@ def _load(
             return place.read(stored.read(file_name), a.head_dim)
 
         storage = resolve_dtype(dtype, place_of_weights)
-        return config, a, Weights(specs, read, storage, trainable, place_of_weights)
+        if trainable:
+            return config, a, trained_weights(specs, read, storage, place_of_weights, ranks)
+        return config, a, Weights(specs, read, storage, False, place_of_weights)
+
+
+def trained_weights(
+    specs: Mapping[str, Spec],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks,
+) -> Weights:
+    """Weights with masters: of one process, or cut over the ranks."""
+    if ranks.mesh is None:
+        return Weights(specs, read, dtype, True, device)
+    from .sharded import ShardedWeights  # FSDP's import, which one process does without
+
+    return ShardedWeights(specs, read, dtype, ranks.mesh, device)
+
+
+def trained_copy(model: AnyModel, ranks: Ranks) -> AnyModel:
+    """A trainable model that starts from a frozen or trained one of one process."""
+    if ranks.mesh is None:
+        return clone(model, trainable=True)
+    own = model.weights
+    return replace(model, weights=trained_weights(own.specs, own.stored, own.dtype, own.device, ranks))
 
 
 def _generation_config(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ The tf form is the torch form with eps / sqrt(1 - b2^t) in place of eps: a large
 hence smaller first steps (the predecessors of InstructGPT trained with it and eps 1e-5).
 Betas (0.9, 0.95): InstructGPT appendix C. Eps, decay and clipping are not in the paper.
 
+Sharded parameters (DTensor) are stepped where their rows lie; only the norm asks the other processes.
+
 A tensor is gone through once (engine.kernels.adamw): the clip is a factor of that pass, and where the weights' compute
 copy and their average are given, the same pass writes both.
 """
@@ -26,6 +28,7 @@ from torch.nn import Parameter
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.adamw import adamw_step, bias_corrections, grad_norm
 from engine.kernels.linear import PackedWeight
+from engine.run.distributed import local, norm_over_shards
 from engine.run.ema import EMA
 
 # A gradient above this has a square that float32 cannot hold: the second moment would be infinite from then on.
@@ -73,15 +76,17 @@ def decays(name: str, parameter: Tensor) -> bool:
 def global_norm(tensors: Iterable[Tensor]) -> float:
     """sqrt(sum of squares) over all elements of all tensors.
 
-    float64 throughout, in a fixed order: the same bits for any number of threads.
+    float64 throughout, in a fixed order: the same bits for any number of threads. Of sharded tensors all shards count,
+    and all ranks call.
     """
-    return float(grad_norm(list(tensors)))
+    parts = list(tensors)
+    return float(norm_over_shards(grad_norm([local(part) for part in parts]), parts))
 
 
 class ComputeCopy(Protocol):
     """What a step renews beside the masters: engine.model.storage.Weights."""
 
-    def master(self, name: str) -> Parameter | None: ...
+    def master(self, name: str) -> Tensor | None: ...
     def written_by_step(self, name: str) -> PackedWeight | Tensor | None: ...
     def step_taken(self, names: Collection[str]) -> None: ...
 
@@ -165,13 +170,14 @@ class Optimizer:
         decay = 0.0 if self._ema is None else self._ema.decay
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
+            average = averages.get(name)
             adamw_step(
-                parameter,
-                parameter.grad,
-                self._exp_avg[name],
-                self._exp_avg_sq[name],
+                local(parameter),
+                local(parameter.grad),
+                local(self._exp_avg[name]),
+                local(self._exp_avg_sq[name]),
                 None if self._weights is None else self._weights.written_by_step(name),
-                averages.get(name),
+                None if average is None else local(average),
                 lr,
                 beta1,
                 beta2,

@@ -1,0 +1,174 @@
+"""Several processes that train one model: which of them this one is, and what they say to each other.
+
+Control is the same everywhere, work is split: each process knows the whole step (rows, prompts, answers), does the
+part that is its own by address, and sums of parts make every process know the whole result. So whitening, losses'
+denominators and metrics are over all processes because they are computed from the same numbers as in one.
+
+    total = sum over ranks of x          x is 0 where a rank has no part, so a part comes through to the bit
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.run.device import choose_device
+
+if TYPE_CHECKING:  # a process alone does not load it
+    from torch.distributed.device_mesh import DeviceMesh
+
+SHARD, REPLICATE = "shard", "replicate"  # names of the mesh's dimensions; weights are cut along the first
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, and this one's place among them. Every method but `share` and `threads` is a collective:
+    all ranks call it, in the same order. With one process nothing is sent and every result is what was given."""
+
+    rank: int
+    size: int
+    local_size: int  # of them on this machine
+    mesh: DeviceMesh | None  # None with one process
+
+    @property
+    def is_first(self) -> bool:
+        """The one that writes: logs, metrics, config, models."""
+        return self.rank == 0
+
+    def share(self, count: int) -> list[int]:
+        """The items of 0 .. count - 1 that are this rank's: item i belongs to rank i mod size."""
+        return list(range(self.rank, count, self.size))
+
+    def threads(self, wanted: int | None) -> int | None:
+        """CPU threads of this process: as many as asked for, else the machine's cores in equal parts."""
+        if wanted is not None or self.mesh is None:
+            return wanted
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
+    def sum(self, x: Tensor) -> Tensor:  # any shape -> same
+        """The sum over ranks, on every rank the same bits."""
+        if self.mesh is None:
+            return x
+        total = x.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum over ranks of each value, in float64."""
+        if self.mesh is None:
+            return list(values)
+        return [float(v) for v in self.sum(torch.tensor(list(values), dtype=torch.float64))]
+
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        if self.mesh is None:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return float(found)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.mesh is None else self.largest(float(flag)) > 0
+
+    def of_first(self, x: Tensor) -> Tensor:  # any shape -> same
+        """The first rank's tensor; the others give one of the same shape and dtype."""
+        if self.mesh is None:
+            return x
+        found = x.detach().clone()
+        torch.distributed.broadcast(found, 0)
+        return found
+
+    def text_of_first(self, text: str) -> str:
+        """The first rank's text; what the others give is not read."""
+        if self.mesh is None:
+            return text
+        data = text.encode()
+        size = int(self.of_first(torch.tensor(len(data))))
+        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.is_first and data else None
+        return bytes(self.of_first(torch.zeros(size, dtype=torch.uint8) if sent is None else sent).tolist()).decode()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.mesh is not None:
+            self.sum(torch.zeros(()))
+
+    def ragged(self, own: Sequence[Tensor], count: int) -> list[Tensor]:
+        """One vector an item, made by the item's rank (`share`, in that order): all of them, on every rank, in order.
+
+        All are of one dtype, on the host; without items of its own a rank still calls.
+        """
+        if self.mesh is None:
+            return list(own)
+        lengths = torch.zeros(count, dtype=torch.int64)
+        mine = self.share(count)
+        lengths[mine] = torch.tensor([len(x) for x in own], dtype=torch.int64)
+        lengths = self.sum(lengths)
+        ends = lengths.cumsum(0).tolist()
+        wide = torch.zeros(ends[-1] if ends else 0, dtype=torch.float64)  # holds token ids and float32 exactly
+        for i, x in zip(mine, own, strict=True):
+            wide[ends[i] - len(x) : ends[i]] = x
+        return list(torch.split(self.sum(wide), lengths.tolist()))
+
+
+ALONE = Ranks(0, 1, 1, None)
+
+
+def join(device: str, replicate: int = 1) -> Ranks:
+    """This process among those that torchrun started (its environment says how many); alone without torchrun.
+
+    Args:
+        device: of the config; with "cpu" ranks talk through gloo, else tensors of a GPU through NCCL.
+        replicate: copies of the sharded weights (HSDP): ranks = replicate x shards.
+
+    Raises:
+        ConfigError: ranks that replicate does not divide.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size % replicate:
+        raise ConfigError(
+            f"replicate: got {replicate} with {size} process{'es' if size > 1 else ''}, want a divisor of their number;"
+            " start more with torchrun --nproc_per_node, or leave replicate at 1"
+        )
+    if size == 1:
+        return ALONE
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    on_gpu = choose_device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape, names = ((size,), (SHARD,)) if replicate == 1 else ((replicate, size // replicate), (REPLICATE, SHARD))
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", shape, mesh_dim_names=names)
+    return Ranks(torch.distributed.get_rank(), size, local_size, mesh)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Is it a DTensor? Asked without importing that class, which takes a tenth of a start."""
+    return hasattr(x, "to_local")
+
+
+@torch.no_grad()
+def local(x: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies here, not a copy; a tensor that is not sharded is itself."""
+    part: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return part
+
+
+def norm_over_shards(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:  # () -> ()
+    """The norm of all shards of `tensors` out of the norm of those that lie here; copies of a shard count once."""
+    meshes = {x.device_mesh for x in tensors if hasattr(x, "device_mesh")}
+    if not meshes:
+        return norm
+    (mesh,) = meshes
+    squares = norm.square()
+    torch.distributed.all_reduce(squares, group=mesh.get_group(SHARD))
+    return squares.sqrt()
