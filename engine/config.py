@@ -109,6 +109,8 @@ class RunConfig:
     """Write metrics every so many steps."""
     resume_from_checkpoint: str | None = None
     """`true`: go on from the newest valid checkpoint of output_dir, if there is one; or a checkpoint's path."""
+    replicate: int = 1
+    """Under torchrun: copies of the sharded weights (HSDP); processes = replicate x shards."""
     progress: bool = True
     """Show progress on the terminal."""
 
@@ -129,7 +131,7 @@ class RunConfig:
             "save_steps",
             "eval_steps",
         )
-        positive(self, "save_total_limit", "logging_steps", "adam_epsilon")
+        positive(self, "save_total_limit", "logging_steps", "adam_epsilon", "replicate")
         not_negative(self, "weight_decay", "max_grad_norm", "seed")
         within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
         require(
@@ -342,9 +344,6 @@ class PPOConfig(RunConfig):
             "num_samples",
             "num_mini_batches",
             "num_ppo_epochs",
-        )
-        positive(
-            self,
             "response_length",
             "temperature",
             "kl_target",

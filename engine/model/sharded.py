@@ -42,7 +42,7 @@ def part_of(name: str) -> str:
 
 
 class _Part(nn.Module):
-    """A part's masters, and a forward that is somebody else's function: FSDP's hooks gather before it, free after it."""
+    """A part's masters; its forward is somebody else's function: FSDP's hooks gather before it, free after."""
 
     def __init__(self, masters: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ STATE = "state.json"
 TENSORS = ".safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
-_ASIDE = ".tmp-"  # being written; of no use after a kill
+ASIDE = ".tmp-"  # being written; of no use after a kill
 _REPLACED = ".replaced-"  # a whole checkpoint, moved out of the way of its successor
 
 
@@ -70,28 +70,34 @@ def save(
     for group in tensors:
         if not _GROUP.fullmatch(group):
             raise CheckpointError(f"checkpoint: got group {group!r}, want letters, digits and _")
-    state_text = _state_text(state)
+    text = state_text(state)
     root.mkdir(parents=True, exist_ok=True)
-    _clean_up(root)
-    aside = root / f"{_ASIDE}checkpoint-{step}-{os.getpid()}"
+    clean_up(root)
+    aside = root / f"{ASIDE}checkpoint-{step}-{os.getpid()}"
     aside.mkdir()
     try:
         for group, named in tensors.items():
             plain = {name: t.detach().cpu().contiguous() for name, t in named.items()}
             save_file(plain, str(aside / f"{group}{TENSORS}"), metadata={"format": "pt"})
-        (aside / STATE).write_text(state_text, encoding="utf-8")
-        names = sorted(path.name for path in aside.iterdir())
-        files = {name: _fingerprint(aside / name) for name in names}
-        for name in names:
-            _sync(aside / name)
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _sync(aside / MANIFEST)
-        _sync(aside)
-        final = _publish(aside, root / f"checkpoint-{step}")
+        return complete(aside, root, step, text, keep)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def complete(aside: Path, root: Path, step: int, text: str, keep: int) -> Path:
+    """A folder of tensors becomes `root/checkpoint-<step>`: its state.json (`text`), every file synced, the manifest
+    last, one rename. Then the oldest checkpoints go, as of `save`."""
+    (aside / STATE).write_text(text, encoding="utf-8")
+    names = sorted(path.name for path in aside.iterdir())
+    files = {name: _fingerprint(aside / name) for name in names}
+    for name in names:
+        _sync(aside / name)
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(aside / MANIFEST)
+    _sync(aside)
+    final = _publish(aside, root / f"checkpoint-{step}")
     _rotate(root, step, keep)
     return final
 
@@ -159,7 +165,7 @@ def kept(root: Path | str) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _state_text(state: Mapping[str, Any]) -> str:
+def state_text(state: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(state, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -245,13 +251,13 @@ def _candidates(root: Path) -> dict[int, Path]:
     return found
 
 
-def _clean_up(root: Path) -> None:
+def clean_up(root: Path) -> None:
     """Finish what a killed `save` began. Only `save` does this: a reader may meet a live writer."""
     for path in _candidates(root).values():
         if path.name.startswith(_REPLACED):
             path.rename(root / path.name.removeprefix(_REPLACED))
     for path in list(root.iterdir()):
-        if path.name.startswith((f"{_ASIDE}checkpoint-", f"{_REPLACED}checkpoint-")):
+        if path.name.startswith((f"{ASIDE}checkpoint-", f"{_REPLACED}checkpoint-")):
             shutil.rmtree(path, ignore_errors=True)
 
 

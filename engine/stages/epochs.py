@@ -79,7 +79,7 @@ def run_epochs(
             "epoch": done / per_epoch,
             "timing/step": seconds,
             "perf/tokens_per_s": metrics["num_tokens"] / seconds,
-            "perf/peak_memory_gb": peak_memory_gb(),
+            "perf/peak_memory_gb": session.ranks.largest(peak_memory_gb()),
             "num_tokens": float(tokens_seen),
         }
         if done % config.logging_steps == 0 or done == total:
@@ -98,7 +98,7 @@ def is_due(done: int, every: int | None, per_epoch: int) -> bool:
 
 def restore(session: Session, model: Trainable, optimizer: Optimizer) -> tuple[int, int]:
     """(step to go on with, tokens seen so far), from the checkpoint that the config asks for, if any."""
-    found = session.resume()
+    found = session.resume({"model": model.state(), "optimizer": optimizer.state()})
     if found is None:
         return 0, 0
     model.load_state(found.tensors["model"])

@@ -9,7 +9,7 @@ is added so that demonstrations score 0 on average; the loss does not see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import RMConfig
+from engine.data.deal import own_passes
 from engine.data.pack import cut_by_tokens, last_rows, pack_groups
 from engine.data.rankings import RankedGroup
 from engine.data.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ from engine.model import heads, transformer
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
+from engine.run.distributed import ALONE, Ranks, join
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import RMData, load_rm_data
@@ -32,7 +34,8 @@ from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
-    set_threads(config.threads)
+    ranks = join(config.device, config.replicate)
+    set_threads(ranks.threads(config.threads))
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = scalar_from_policy(
         config.model_name_or_path,
@@ -40,11 +43,13 @@ def train_reward_model(config: RMConfig) -> Path:
         dtype=config.dtype,
         trainable=True,
         device=config.device,
+        ranks=ranks,
     )
     data = load_rm_data(config, tokenizer, model.architecture.max_positions)
-    stage = RMStage(config, model, data)
+    stage = RMStage(config, model, data, ranks)
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
-    with Session(config, "rm", total_steps(config, len(data.train)), live) as session:
+    total = total_steps(config, len(data.train))
+    with Session(config, "rm", total, live, ranks) as session:
         session.write_config()
         for line in data.reports:
             session.log.event(line)
@@ -52,7 +57,10 @@ def train_reward_model(config: RMConfig) -> Path:
         constant = -stage.demonstration_mean()
         model = model.with_constant(model.constant + constant)
         session.log.event(f"constant {constant:+.4f}: demonstrations now score 0 on average")
-        save_scalar(model, config.output_dir, tokenizer=tokenizer)
+        session.export(
+            transformer.whole(model),
+            lambda whole: save_scalar(whole, config.output_dir, tokenizer=tokenizer),
+        )
         session.log.event(f"model: {config.output_dir}")
     return Path(config.output_dir)
 
@@ -60,32 +68,36 @@ def train_reward_model(config: RMConfig) -> Path:
 class RMStage:
     """The batch of a step, its loss and gradients, and the metrics on train and validation rankings."""
 
-    def __init__(self, config: RMConfig, model: ScalarModel, data: RMData) -> None:
-        self.config, self.model, self.data = config, model, data
+    def __init__(
+        self, config: RMConfig, model: ScalarModel, data: RMData, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.model, self.data, self.ranks = config, model, data, ranks
 
     def train_step(self, rows: Sequence[int], step: int) -> dict[str, float]:
         """Adds the gradient of the ranking loss over all prompts of the batch."""
         groups = [self.data.train[i] for i in rows]
         total = sum(self.weight(group) for group in groups)
-        scores, seen = [torch.empty(0)] * len(groups), []  # read when all is launched
-        for cut in self.cuts(groups):
-            chosen = [groups[i] for i in cut]
+        seen = []  # read when all is launched
+        for one in own_passes(lengths(groups), self.config.micro_batch_tokens, self.ranks):
+            chosen = [groups[i] for i in one.items]
             score = group_scores(self.model, chosen)
             ranks = to_device(ranks_of(chosen), score.device)
             cu = to_device(answer_offsets(chosen), score.device)
             loss, _, _ = ops.ranking_loss(score, ranks, cu, self.config.loss_reduction)
-            loss = loss * (sum(self.weight(group) for group in chosen) / max(total, 1))
+            loss = one.loss(loss * (sum(self.weight(group) for group in chosen) / max(total, 1)))
             loss.backward()  # type: ignore[no-untyped-call]
-            seen.append((cut, loss.detach(), score.detach()))
-        for cut, _, score in seen:
-            chosen = [groups[i] for i in cut]
-            for i, part in zip(cut, split(to_host(score), chosen), strict=True):
-                scores[i] = part
-        metrics = ranking_metrics(groups, scores, self.config.calibration_bins)
-        tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
+            if one.counts:
+                seen.append((one.items, loss.detach(), score.detach()))
+        own = {
+            i: part
+            for items, _, score in seen
+            for i, part in zip(items, split(to_host(score), [groups[i] for i in items]), strict=True)
+        }
+        metrics = ranking_metrics(groups, self.all_scores(own, len(groups)), self.config.calibration_bins)
+        (loss_sum,) = self.ranks.sums([sum((float(loss) for _, loss, _ in seen), 0.0)])
         return {
-            "loss": sum((float(loss) for _, loss, _ in seen), 0.0),
-            "num_tokens": float(tokens),
+            "loss": loss_sum,
+            "num_tokens": float(sum(lengths(groups))),
             **{name: metrics[name] for name in TRAIN_METRICS if name in metrics},
         }
 
@@ -96,20 +108,21 @@ class RMStage:
             return pairs
         return 1 if self.config.loss_reduction == "prompt_mean_allpairs" else int(pairs > 0)
 
-    def cuts(self, groups: Sequence[RankedGroup]) -> list[list[int]]:
-        lengths = [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
-        return cut_by_tokens(lengths, self.config.micro_batch_tokens)
+    def all_scores(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
+        """The K scores of every group of 0 .. count - 1, from those that this rank has made."""
+        return [part.float() for part in self.ranks.ragged([own[i] for i in sorted(own)], count)]
 
     @torch.no_grad()
     def scores(self, groups: Sequence[RankedGroup]) -> list[Tensor]:
         """The K scores of every group."""
-        scores = [torch.empty(0)] * len(groups)
-        for cut in self.cuts(groups):
-            chosen = [groups[i] for i in cut]
-            found = to_host(group_scores(self.model, chosen))
+        model, share, own = transformer.whole(self.model), self.ranks.share(len(groups)), {}
+        budget = self.config.micro_batch_tokens
+        for cut in cut_by_tokens(lengths([groups[i] for i in share]), budget):
+            chosen = [groups[share[i]] for i in cut]
+            found = to_host(group_scores(model, chosen))
             for i, part in zip(cut, split(found, chosen), strict=True):
-                scores[i] = part
-        return scores
+                own[share[i]] = part
+        return self.all_scores(own, len(groups))
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy with its standard error, log loss, by K and by source, calibration: on validation rankings."""
@@ -148,6 +161,11 @@ def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  
         at += 1 + len(group.responses)
     hidden = transformer.forward(model, batch)
     return heads.scores(model, transformer.chosen_rows(hidden, last_rows(batch, segments)))
+
+
+def lengths(groups: Sequence[RankedGroup]) -> list[int]:
+    """Tokens of each group, its prompt once."""
+    return [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32

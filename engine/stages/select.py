@@ -16,6 +16,7 @@ from engine.run import checkpoint
 from engine.run.session import Session
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.reward_sources import model_scores
+from engine.stages.ppo.rollout import complete
 
 SELECTION_FILE = "selection.json"
 
@@ -33,21 +34,28 @@ def select_checkpoint(
     )
     chosen = list(prompts[: config.select_num_prompts])
     scores: dict[str, float] = {}
+    wanted = {"model": policy.model.state()}
     for path in checkpoint.kept(session.folder):
-        policy.model.load_state(checkpoint.load(path).tensors["model"])
-        completions = policy.generate(
-            [list(p.tokens) for p in chosen],
-            max_new_tokens=config.select_response_length,
-            seed=config.seed,
+        policy.model.load_state(session.load(path, wanted).tensors["model"])
+        completions = complete(
+            policy.whole(),
+            [p.tokens for p in chosen],
+            range(len(chosen)),
+            1,
+            config.select_response_length,
+            1.0,
+            config.seed,
+            session.ranks,
         )
         rollouts = Rollouts(tuple(chosen), tuple(completions), 1)
-        score = model_scores(reward_model, rollouts, config.micro_batch_tokens)
+        score = model_scores(reward_model, rollouts, config.micro_batch_tokens, session.ranks)
         scores[path.name] = float(score.double().mean())
         session.log.event(
             f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}"
         )
     best = max(scores, key=lambda name: scores[name])
-    policy.model.load_state(checkpoint.load(session.folder / best).tensors["model"])
+    policy.model.load_state(session.load(session.folder / best, wanted).tensors["model"])
     record = {"best": best, "reward_model": config.select_by_reward_model, "mean_reward": scores}
-    (session.folder / SELECTION_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    if session.ranks.is_first:
+        (session.folder / SELECTION_FILE).write_text(json.dumps(record, indent=1) + "\n")
     session.log.event(f"best checkpoint by reward: {best}")

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from engine.config import SFTConfig
+from engine.data.deal import own_passes
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.data.text import Example
 from engine.hybrid import HybridEngine
 from engine.model import transformer
 from engine.model.transformer import Dropout, Model
+from engine.run.distributed import ALONE, Ranks, join
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, load_sft_data
@@ -41,15 +43,16 @@ class Row:
 
 def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
-    set_threads(config.threads)
+    ranks = join(config.device, config.replicate)
+    set_threads(ranks.threads(config.threads))
     policy = HybridEngine.from_pretrained(
-        config.model_name_or_path, dtype=config.dtype, trainable=True, device=config.device
+        config.model_name_or_path, config.dtype, trainable=True, device=config.device, ranks=ranks
     )
     data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
-    stage = SFTStage(config, policy.model, data)
+    stage = SFTStage(config, policy.model, data, ranks)
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
-    with Session(config, "sft", total, live) as session:
+    with Session(config, "sft", total, live, ranks) as session:
         session.write_config()
         for line in data.reports:
             session.log.event(line)
@@ -63,7 +66,7 @@ def train_sft(config: SFTConfig) -> Path:
         )
         if config.select_by_reward_model:
             select_checkpoint(session, config, policy, data.eval_prompts())
-        policy.save_pretrained(config.output_dir)
+        session.export(policy.whole(), lambda whole: whole.save_pretrained(config.output_dir))
         session.log.event(f"model: {config.output_dir}")
     return Path(config.output_dir)
 
@@ -71,8 +74,10 @@ def train_sft(config: SFTConfig) -> Path:
 class SFTStage:
     """The batch of a step, its loss and gradients, and the validation losses."""
 
-    def __init__(self, config: SFTConfig, model: Model, data: SFTData) -> None:
-        self.config, self.model, self.data = config, model, data
+    def __init__(
+        self, config: SFTConfig, model: Model, data: SFTData, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.model, self.data, self.ranks = config, model, data, ranks
         self.ptx_rows = round(config.batch_size * config.ptx_fraction)
         self.num_demonstrations_rows = len(data.train)
 
@@ -103,37 +108,48 @@ class SFTStage:
         count = sum(row.num_targets for row in batch)
         losses, entropies = [], []  # read when all is launched
         p = self.config.residual_dropout
-        for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.micro_batch_tokens):
-            chosen = [batch[i] for i in cut]
+        lengths = [len(row.tokens) for row in batch]
+        for one in own_passes(lengths, self.config.micro_batch_tokens, self.ranks):
+            chosen = [batch[i] for i in one.items]
             segments = tuple((row.address, len(row.tokens)) for row in chosen)
             dropout = Dropout(p, self.config.seed, step, segments) if p > 0 else None
             logprob, entropy = token_logprobs(self.model, chosen, dropout)
-            loss = -logprob.sum() / max(count, 1)
+            loss = one.loss(-logprob.sum() / max(count, 1))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-            entropies.append(entropy.detach().sum())
+            if one.counts:
+                entropies.append(entropy.detach().sum())
+        loss_sum, entropy_sum = self.ranks.sums(
+            [sum(map(float, losses), 0.0), sum(map(float, entropies), 0.0)]
+        )
         return {
-            "loss": sum(map(float, losses), 0.0),
-            "entropy": sum(map(float, entropies), 0.0) / max(count, 1),
-            "num_tokens": float(sum(len(row.tokens) for row in batch)),
+            "loss": loss_sum,
+            "entropy": entropy_sum / max(count, 1),
+            "num_tokens": float(sum(lengths)),
         }
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the validation demonstrations and, in the RL-init variant, on held-out text."""
-        metrics = {}
+        metrics: dict[str, float] = {}
+        if not self.data.validation and not self.data.eval_ptx:
+            return metrics
+        model = transformer.whole(self.model)
         if self.data.validation:
             rows = [self.demonstration(example, 0) for example in self.data.validation]
-            metrics["eval/loss"] = self.mean_loss(rows)
+            metrics["eval/loss"] = self.mean_loss(model, rows)
         if self.data.eval_ptx:
-            metrics["eval/ptx_loss"] = self.mean_loss([Row(t, 0, 0) for t in self.data.eval_ptx])
+            texts = [Row(tokens, 0, 0) for tokens in self.data.eval_ptx]
+            metrics["eval/ptx_loss"] = self.mean_loss(model, texts)
         return metrics
 
     @torch.no_grad()
-    def mean_loss(self, rows: Sequence[Row]) -> float:
-        loss, count = 0.0, 0
-        for cut in cut_by_tokens([len(r.tokens) for r in rows], self.config.micro_batch_tokens):
-            logprob, _ = token_logprobs(self.model, [rows[i] for i in cut], None)
+    def mean_loss(self, model: Model, rows: Sequence[Row]) -> float:
+        loss, count = 0.0, 0.0
+        own = [rows[i] for i in self.ranks.share(len(rows))]
+        for cut in cut_by_tokens([len(r.tokens) for r in own], self.config.micro_batch_tokens):
+            logprob, _ = token_logprobs(model, [own[i] for i in cut], None)
             loss, count = loss - float(logprob.double().sum()), count + logprob.numel()
+        loss, count = self.ranks.sums([loss, count])
         return loss / max(count, 1)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from engine.data.prompts import Prompt
+from engine.hybrid import HybridEngine
+from engine.model.transformer import Model
 from engine.run.device import to_host
 from engine.run.streams import generator
 from engine.stages.ppo.batch import Rollouts
@@ -17,6 +19,7 @@ from engine.stages.ppo.forward import answer_logprobs, micro_batches
 from engine.stages.ppo.metrics import segment_sums
 from engine.stages.ppo.ptx import mean_lm_loss
 from engine.stages.ppo.reward_sources import Reward, total_reward
+from engine.stages.ppo.rollout import complete
 from engine.stages.ppo.trainer import PPO
 
 
@@ -31,10 +34,13 @@ def evaluate(
     began, config = time.perf_counter(), ppo.config
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
+    if not prompts and not eval_ptx:
+        return metrics, rows
+    policy = ppo.policy.whole()
     if prompts:
-        rollouts = sample(ppo, prompts)
-        score, _ = total_reward(rewards, rollouts, config.micro_batch_tokens)
-        kl = reference_kl(ppo, rollouts)
+        rollouts = sample(ppo, policy, prompts)
+        score, _ = total_reward(rewards, rollouts, config.micro_batch_tokens, ppo.ranks)
+        kl = reference_kl(ppo, policy.model, rollouts)
         sums = segment_sums(kl, rollouts.cu)
         metrics |= {
             "eval/score": float(score.double().mean()),
@@ -44,37 +50,40 @@ def evaluate(
         }
         rows = sample_rows(ppo, rollouts, score, kl, ppo.iteration, phase, len(prompts))
     if eval_ptx:
-        loss = mean_lm_loss(ppo.policy.model, eval_ptx, config.micro_batch_tokens)
+        loss = mean_lm_loss(policy.model, eval_ptx, config.micro_batch_tokens, ppo.ranks)
         metrics |= {"eval/ptx_loss": loss, "eval/ptx_perplexity": math.exp(loss)}
-    if metrics:
-        metrics["timing/evaluate"] = time.perf_counter() - began
+    metrics["timing/evaluate"] = time.perf_counter() - began
     return metrics, rows
 
 
-def sample(ppo: PPO, prompts: Sequence[Prompt]) -> Rollouts:
-    """One answer to each prompt, with random numbers of their own."""
+def sample(ppo: PPO, policy: HybridEngine, prompts: Sequence[Prompt]) -> Rollouts:
+    """One answer to each prompt, with random numbers of their own; `policy` is PPO's, whole."""
     config = ppo.config
     seed = int(generator(config.seed, "ppo evaluation").integers(2**31))
-    completions = ppo.policy.generate(
-        [list(p.tokens) for p in prompts],
-        max_new_tokens=config.response_length,
-        temperature=config.temperature,
-        seed=seed,
+    completions = complete(
+        policy,
+        [p.tokens for p in prompts],
+        range(len(prompts)),
+        1,
+        config.response_length,
+        config.temperature,
+        seed,
+        ppo.ranks,
     )
     return Rollouts(tuple(prompts), tuple(completions), 1)
 
 
 @torch.no_grad()
-def reference_kl(ppo: PPO, rollouts: Rollouts) -> torch.Tensor:  # (N,)
+def reference_kl(ppo: PPO, policy: Model, rollouts: Rollouts) -> torch.Tensor:  # (N,)
     """log pi - log ref of every answer token (k1)."""
     cu, config = rollouts.cu.tolist(), ppo.config
-    kl = torch.empty(cu[-1])
-    for answers in micro_batches(rollouts, range(len(rollouts.prompts)), config.micro_batch_tokens):
+    kl, own = torch.zeros(cu[-1]), ppo.ranks.share(len(rollouts.prompts))
+    for answers in micro_batches(rollouts, own, config.micro_batch_tokens):
         at = torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
-        ours, _ = answer_logprobs(ppo.policy.model, answers, config.temperature)
+        ours, _ = answer_logprobs(policy, answers, config.temperature)
         theirs, _ = answer_logprobs(ppo.reference, answers, config.temperature)
         kl[at] = to_host(ours - theirs)
-    return kl
+    return ppo.ranks.sum(kl)
 
 
 def sample_rows(

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.data.deal import Pass, own_passes
 from engine.data.pack import Packed, Shift, cut_by_tokens, last_rows, pack_groups, predictions
 from engine.model import heads, transformer
+from engine.run.distributed import Ranks
 from engine.stages.ppo.batch import Rollouts
 
 
@@ -37,11 +39,22 @@ def pack_answers(rollouts: Rollouts, prompts: Sequence[int]) -> Answers:
 
 def micro_batches(rollouts: Rollouts, prompts: Sequence[int], budget: int) -> list[Answers]:
     """Cut by a budget of tokens; what is computed for an episode does not depend on the cut."""
+    cuts = cut_by_tokens(token_counts(rollouts, prompts), budget)
+    return [pack_answers(rollouts, [prompts[i] for i in cut]) for cut in cuts]
+
+
+def training_passes(
+    rollouts: Rollouts, prompts: Sequence[int], budget: int, ranks: Ranks
+) -> list[tuple[Pass, Answers]]:
+    """This rank's micro-batches of a minibatch, as many as every other rank has."""
+    passes = own_passes(token_counts(rollouts, prompts), budget, ranks)
+    return [(one, pack_answers(rollouts, [prompts[i] for i in one.items])) for one in passes]
+
+
+def token_counts(rollouts: Rollouts, prompts: Sequence[int]) -> list[int]:
+    """Tokens of each prompt with all its answers."""
     groups = rollouts.groups
-    lengths = [len(groups[i][0]) + sum(len(a) for a in groups[i][1]) for i in prompts]
-    return [
-        pack_answers(rollouts, [prompts[i] for i in cut]) for cut in cut_by_tokens(lengths, budget)
-    ]
+    return [len(groups[i][0]) + sum(len(a) for a in groups[i][1]) for i in prompts]
 
 
 def answer_logprobs(

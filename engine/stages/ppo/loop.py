@@ -14,8 +14,15 @@ from engine.errors import EngineError
 from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine
 from engine.model.heads import ScalarModel
-from engine.model.transformer import clone
-from engine.model.weights import load_policy, load_scalar, save_scalar, scalar_from_policy
+from engine.model.transformer import whole
+from engine.model.weights import (
+    load_policy,
+    load_scalar,
+    save_scalar,
+    scalar_from_policy,
+    trained_copy,
+)
+from engine.run.distributed import ALONE, Ranks, join
 from engine.run.session import Session, peak_memory_gb, set_threads
 from engine.stages.inputs import PPOData, load_ppo_data
 from engine.stages.ppo.batch import Rollouts
@@ -36,19 +43,21 @@ DEFAULT_SAVE_ITERATIONS = 20
 def train_ppo(config: PPOConfig) -> Path:
     """Runs the stage; the final policy is the Hugging Face folder `config.output_dir`, the value model and the
     averaged policy lie in its `value/` and `ema/`."""
-    set_threads(config.threads)
+    ranks = join(config.device, config.replicate)
+    set_threads(ranks.threads(config.threads))
     policy = HybridEngine.from_pretrained(
         config.model_name_or_path,
         dtype=config.dtype,
         trainable=True,
         limits=Limits(max_active=config.max_active, kv_cache_gb=config.kv_cache_gb),
         device=config.device,
+        ranks=ranks,
     )
     data = load_ppo_data(config, policy.tokenizer, policy.model.architecture.max_positions)
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
     rewards = load_rewards(config)
-    ppo = PPO(policy, initial_value(config, rewards), reference, config)
-    with Session(config, "ppo", config.num_iterations, LIVE) as session:
+    ppo = PPO(policy, initial_value(config, rewards, ranks), reference, config, ranks)
+    with Session(config, "ppo", config.num_iterations, LIVE, ranks) as session:
         session.write_config()
         for line in data.reports:
             session.log.event(line)
@@ -78,14 +87,17 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     prompts = data.draw(config.batch_size // config.num_samples, config.seed, iteration)
     rollouts = ppo.rollout(prompts)
     sampled = time.perf_counter()
-    reward, terms = total_reward(rewards, rollouts, config.micro_batch_tokens)
+    reward, terms = total_reward(rewards, rollouts, config.micro_batch_tokens, ppo.ranks)
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
     result = ppo.advance(rollouts, reward, ptx_rows)
     stats = dict(result.stats)
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
     stats |= timing(rollouts, ptx_rows, began, sampled, rewarded, stats)
-    stats |= {"episode": float(ppo.iteration * config.batch_size)}
+    stats |= {
+        "episode": float(ppo.iteration * config.batch_size),
+        "perf/peak_memory_gb": ppo.ranks.largest(peak_memory_gb()),
+    }
     check_parity(config, stats)
     done = ppo.iteration
     if done % config.logging_steps == 0 or done == config.num_iterations:
@@ -116,7 +128,6 @@ def timing(
         "perf/score_tokens_per_s": trained / stats["timing/score"],
         "perf/update_tokens_per_s": (trained + ptx) / stats["timing/update"],
         "perf/tokens_per_s": (trained + ptx) / total,
-        "perf/peak_memory_gb": peak_memory_gb(),
     }
 
 
@@ -130,16 +141,18 @@ def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
         )
 
 
-def initial_value(config: PPOConfig, rewards: Sequence[Reward]) -> ScalarModel:
+def initial_value(
+    config: PPOConfig, rewards: Sequence[Reward], ranks: Ranks = ALONE
+) -> ScalarModel:
     """A trainable copy of the reward model [paper 3.5], of value_model_path, or the policy's trunk with a new head."""
     stored = config.value_model_path or config.reward_model_path
     if stored:
-        return load_scalar(stored, config.dtype, trainable=True, device=config.device)
+        return load_scalar(stored, config.dtype, trainable=True, device=config.device, ranks=ranks)
     models = [reward.model for reward in rewards if reward.model is not None]
     if models:
-        return clone(models[0], trainable=True)
+        return trained_copy(models[0], ranks)
     return scalar_from_policy(
-        config.model_name_or_path, config.seed, config.dtype, device=config.device
+        config.model_name_or_path, config.seed, config.dtype, device=config.device, ranks=ranks
     )
 
 
@@ -148,7 +161,7 @@ def is_due(done: int, every: int | None) -> bool:
 
 
 def restore(session: Session, ppo: PPO) -> None:
-    found = session.resume()
+    found = session.resume(ppo.state()[0])
     if found is not None:
         ppo.load_state(found.tensors, found.state)
 
@@ -165,18 +178,18 @@ def log_evaluation(
 
 def export(session: Session, ppo: PPO) -> None:
     """The final models as plain Hugging Face folders."""
-    folder = session.folder
-    ppo.policy.save_pretrained(folder)
-    save_scalar(ppo.value, folder / "value", tokenizer=ppo.policy.tokenizer)
+    folder, tokenizer = session.folder, ppo.policy.tokenizer
+    session.export(ppo.policy.whole(), lambda policy: policy.save_pretrained(folder))
+    session.export(whole(ppo.value), lambda value: save_scalar(value, folder / "value", tokenizer))
     if ppo.learner.ema is not None:
-        averaged(ppo, ppo.learner.ema.state(), folder / "ema")
+        averaged(session, ppo, ppo.learner.ema.state(), folder / "ema")
     session.log.event(f"model: {folder} (value model: value/, averaged policy: ema/)")
 
 
 @torch.no_grad()
-def averaged(ppo: PPO, average: dict[str, Tensor], folder: Path) -> None:
+def averaged(session: Session, ppo: PPO, average: dict[str, Tensor], folder: Path) -> None:
     """Writes the averaged weights as a folder of their own; the policy's own weights come back."""
     own = {name: tensor.clone() for name, tensor in ppo.policy.model.state().items()}
     ppo.policy.model.load_state(average)
-    ppo.policy.save_pretrained(folder)
+    session.export(ppo.policy.whole(), lambda policy: policy.save_pretrained(folder))
     ppo.policy.model.load_state(own)

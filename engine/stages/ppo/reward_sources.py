@@ -19,6 +19,7 @@ from engine.errors import ConfigError, EngineError
 from engine.model.heads import ScalarModel
 from engine.model.weights import load_scalar
 from engine.run.device import to_host
+from engine.run.distributed import ALONE, Ranks
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.forward import answer_scores, micro_batches
 
@@ -90,18 +91,22 @@ def call_function(reward: Reward, rollouts: Rollouts) -> Tensor:  # (E,) float32
 
 
 @torch.no_grad()
-def model_scores(model: ScalarModel, rollouts: Rollouts, budget: int) -> Tensor:  # (E,)
-    """The reward model's score of every episode."""
-    score = torch.empty(rollouts.num_episodes)
-    for answers in micro_batches(rollouts, range(len(rollouts.prompts)), budget):
+def model_scores(
+    model: ScalarModel, rollouts: Rollouts, budget: int, ranks: Ranks = ALONE
+) -> Tensor:  # (E,)
+    """The reward model's score of every episode; each rank scores its own prompts."""
+    score = torch.zeros(rollouts.num_episodes)
+    for answers in micro_batches(rollouts, ranks.share(len(rollouts.prompts)), budget):
         score[answers.episodes] = to_host(answer_scores(model, answers))
-    return score
+    return ranks.sum(score)
 
 
 def total_reward(
-    rewards: Sequence[Reward], rollouts: Rollouts, budget: int
+    rewards: Sequence[Reward], rollouts: Rollouts, budget: int, ranks: Ranks = ALONE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum over the terms (E,), and each term by name (nan where a function said None).
+
+    A function is called once, by the first rank, with all episodes.
 
     Raises:
         EngineError: an episode to which no term applies has no reward to learn from.
@@ -110,9 +115,10 @@ def total_reward(
     applies = torch.zeros(rollouts.num_episodes, dtype=torch.bool)
     for reward in rewards:
         if reward.model is not None:
-            value = model_scores(reward.model, rollouts, budget)
+            value = model_scores(reward.model, rollouts, budget, ranks)
         else:
-            value = call_function(reward, rollouts)
+            mine = call_function(reward, rollouts) if ranks.is_first else torch.zeros(len(total))
+            value = ranks.of_first(mine)
         terms[reward.name] = value
         applies |= ~value.isnan()
         total = total + reward.weight * value.nan_to_num(nan=0.0)

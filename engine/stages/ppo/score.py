@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from engine.model.heads import ScalarModel
-from engine.model.transformer import Model
+from engine.model.transformer import Model, whole
 from engine.run.device import to_device
+from engine.run.distributed import ALONE, Ranks
 from engine.stages.ppo.batch import Rollouts, Scores
 from engine.stages.ppo.forward import answer_logprobs, answer_values, micro_batches
 
@@ -21,22 +22,28 @@ def score(
     reward: Tensor,  # (E,) on the policy's device, from the reward sources, or from another trainer
     temperature: float,
     budget: int,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Old log-probs by the policy, the reference's log-probs, and values, at every answer token.
 
     The old log-probs are the sampler's own where they are the training forward's to the bit: the policy is
-    batch-invariant and its weights are still those that sampled. Elsewhere the policy scores its answers again.
+    batch-invariant and its weights are still those that sampled. Elsewhere the policy scores its answers again. Each
+    rank scores its own prompts; then all know all.
     """
     cu, device = rollouts.cu.tolist(), policy.device
     rescore = not (policy.batch_invariant and rollouts.sampled_from(policy.version))
-    old_logprob = to_device(rollouts.behaviour_logprob.clone(), device)
-    ref_logprob, value = (torch.empty(cu[-1], device=device) for _ in range(2))
-    final_value = torch.empty(rollouts.num_episodes, device=device)
-    for answers in micro_batches(rollouts, range(len(rollouts.prompts)), budget):
+    scorer, value_model = (whole(policy) if rescore else policy), whole(value_model)
+    scored, ref_logprob, value = (torch.zeros(cu[-1], device=device) for _ in range(3))
+    final_value = torch.zeros(rollouts.num_episodes, device=device)
+    for answers in micro_batches(rollouts, ranks.share(len(rollouts.prompts)), budget):
         rows = torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
         rows, episodes = (to_device(x, device) for x in (rows, torch.tensor(answers.episodes)))
         if rescore:
-            old_logprob[rows], _ = answer_logprobs(policy, answers, temperature)
+            scored[rows], _ = answer_logprobs(scorer, answers, temperature)
         ref_logprob[rows], _ = answer_logprobs(reference, answers, temperature)
         value[rows], final_value[episodes] = answer_values(value_model, answers)
-    return Scores(old_logprob, ref_logprob, value, final_value, reward)
+    sampled = to_device(rollouts.behaviour_logprob.clone(), device)
+    old_logprob = ranks.sum(scored) if rescore else sampled
+    return Scores(
+        old_logprob, ranks.sum(ref_logprob), ranks.sum(value), ranks.sum(final_value), reward
+    )

@@ -22,6 +22,7 @@ from engine.hybrid import Prompt as RawPrompt
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
 from engine.run.device import to_device, wait_for
+from engine.run.distributed import ALONE, Ranks
 from engine.run.ema import EMA
 from engine.run.kl_control import AdaptiveKL, FixedKL, KLController
 from engine.run.optim import Optimizer, OptimizerConfig
@@ -47,13 +48,20 @@ class PPO:
     """Policy, value model, frozen reference, and their optimizers.
 
     `policy` is a trainable HybridEngine, `value` a trainable ScalarModel, `reference` a frozen Model.
-    `iteration` counts the steps taken and addresses the random numbers.
+    `iteration` counts the steps taken and addresses the random numbers. With several `ranks`, over which policy and
+    value are sharded, all of them make the same calls with the same arguments.
     """
 
     def __init__(
-        self, policy: HybridEngine, value: ScalarModel, reference: Model, config: PPOConfig
+        self,
+        policy: HybridEngine,
+        value: ScalarModel,
+        reference: Model,
+        config: PPOConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy, self.value, self.reference, self.config = policy, value, reference, config
+        self.ranks = ranks
         adam = OptimizerConfig(
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -80,7 +88,8 @@ class PPO:
         """config.num_samples answers to each prompt (text, messages, token ids or a data set's
         Prompt), by the current weights."""
         first = self.iteration * self.config.batch_size
-        return rollout(self.policy, prompts, first, self.config.seed, self.config)
+        whole = self.policy.whole()  # for as long as this phase takes
+        return rollout(whole, prompts, first, self.config.seed, self.config, self.ranks)
 
     def step(
         self,
@@ -113,6 +122,7 @@ class PPO:
             reward,
             config.temperature,
             config.micro_batch_tokens,
+            self.ranks,
         )
         rewards = token_rewards(
             passes.old_logprob, passes.ref_logprob, reward, ended, cu, self.kl.beta, config
@@ -131,7 +141,7 @@ class PPO:
             config.value_learning_rate,
             self.iteration,
         )
-        stats = update(self.learner, targets, config)
+        stats = update(self.learner, targets, config, self.ranks)
         rewards = on_host(rewards)
         stats |= episode_metrics(
             rollouts, on_host(passes), rewards, on_host(advantages), self.kl.beta

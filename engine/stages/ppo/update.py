@@ -11,16 +11,32 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import PPOConfig
+from engine.data.deal import Pass
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
 from engine.run.device import to_device, to_host
+from engine.run.distributed import ALONE, Ranks
 from engine.run.ema import EMA
 from engine.run.optim import Optimizer, global_norm
 from engine.run.streams import generator
 from engine.stages.ppo.batch import Advantages, Rollouts, Scores, on_host
-from engine.stages.ppo.forward import Answers, answer_logprobs, answer_values, micro_batches
+from engine.stages.ppo.forward import Answers, answer_logprobs, answer_values, training_passes
 from engine.stages.ppo.metrics import parity_metrics
 from engine.stages.ppo.ptx import backward_lm_loss
+
+REPORTED = {  # metric -> the mean that it is
+    "loss/policy_avg": "policy_loss",
+    "loss/value_avg": "value_loss",
+    "loss/ptx_avg": "ptx_loss",
+    "policy/approxkl_avg": "approxkl",
+    "policy/clipfrac_avg": "clipfrac",
+    "policy/entropy_avg": "entropy",
+    "val/clipfrac_avg": "value_clipfrac",
+    "policy/grad_norm": "grad_norm",
+    "policy/grad_norm_ppo": "ppo_grad_norm",
+    "policy/grad_norm_ptx": "ptx_grad_norm",
+    "val/grad_norm": "value_grad_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,19 @@ class Means:
             self.sums[name] = self.sums.get(name, 0.0) + weight * wide
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
+    def over(self, ranks: Ranks) -> Means:
+        """The means over the tokens of all ranks; a rank may have none for a name that others have."""
+        if ranks.size == 1:
+            return self
+        names = [*REPORTED.values(), "excess", "excess_squared"]
+        sums = ranks.sums([float(self.sums.get(name, 0.0)) for name in names])
+        weights = ranks.sums([self.weights.get(name, 0.0) for name in names])
+        total = Means()
+        for name, value, weight in zip(names, sums, weights, strict=True):
+            if weight > 0:
+                total.sums[name], total.weights[name] = value, weight
+        return total
+
     def __getitem__(self, name: str) -> float:
         return float(self.sums[name]) / max(self.weights[name], 1e-12)
 
@@ -98,6 +127,7 @@ def policy_backward(
     count: int,
     config: PPOConfig,
     means: Means,
+    one: Pass,
 ) -> Tensor:  # (M,)
     """Adds the policy gradient of one micro-batch; returns its log-probs."""
     logprob, entropy = answer_logprobs(policy, answers, config.temperature)
@@ -106,9 +136,9 @@ def policy_backward(
     loss, stats = ops.ppo_policy_loss(
         logprob, old, advantage, clip=config.cliprange, denominator=float(count)
     )
-    loss.backward()  # type: ignore[no-untyped-call]
+    one.loss(loss).backward()  # type: ignore[no-untyped-call]
     n, logprob = rows.numel(), logprob.detach()
-    if n == 0:
+    if n == 0 or not one.counts:
         return logprob
     excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
     means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.detach().mean())
@@ -125,6 +155,7 @@ def value_backward(
     count: int,
     config: PPOConfig,
     means: Means,
+    one: Pass,
 ) -> None:
     """Adds the value gradient of one micro-batch."""
     new_value, _ = answer_values(value, answers)
@@ -135,14 +166,18 @@ def value_backward(
         clip=config.cliprange_value,
         denominator=float(count),
     )
-    loss.backward()  # type: ignore[no-untyped-call]
+    one.loss(loss).backward()  # type: ignore[no-untyped-call]
     n = rows.numel()
-    if n:
+    if n and one.counts:
         means.add(n, value_loss=loss.detach() * (count / n), value_clipfrac=stats["clipfrac"])
 
 
 def add_ptx_gradient(
-    policy: Model, rows: Sequence[Sequence[int]], config: PPOConfig, means: Means
+    policy: Model,
+    rows: Sequence[Sequence[int]],
+    config: PPOConfig,
+    means: Means,
+    ranks: Ranks,
 ) -> None:
     """Accumulates ptx_coef * gradient of the language-model loss into the same buffers, before the one clip and the
     one step. The two parts are held apart only as long as it takes to measure their norms."""
@@ -150,7 +185,7 @@ def add_ptx_gradient(
     ppo = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
-    loss = backward_lm_loss(policy, rows, config.ptx_coef, config.micro_batch_tokens)
+    loss = backward_lm_loss(policy, rows, config.ptx_coef, config.micro_batch_tokens, ranks)
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     means.add(1, ptx_loss=loss, ptx_grad_norm=global_norm(gradients))
     for name, p in parameters.items():
@@ -161,8 +196,10 @@ def add_ptx_gradient(
             p.grad = gradient
 
 
-def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, float]:
-    """One iteration's optimizer steps; returns its metrics (means over real tokens)."""
+def update(
+    learner: Learner, targets: Targets, config: PPOConfig, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """One iteration's optimizer steps; returns its metrics (means over real tokens of all ranks)."""
     rollouts, cu, means = targets.rollouts, targets.rollouts.cu.tolist(), Means()
     parity: dict[str, float] = {}
     skipped = 0
@@ -170,23 +207,44 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
     for number, prompts in plan:
         learner.policy_optimizer.zero_grad()
         learner.value_optimizer.zero_grad()
-        cuts = micro_batches(rollouts, prompts, config.micro_batch_tokens)
-        rows = [token_rows(cu, answers) for answers in cuts]
-        count = sum(r.numel() for r in rows)
-        seen = []
-        for answers, at in zip(cuts, rows, strict=True):
+        passes = training_passes(rollouts, prompts, config.micro_batch_tokens, ranks)
+        n = rollouts.num_samples
+        count = sum(cu[(i + 1) * n] - cu[i * n] for i in prompts)
+        rows, seen = [], []
+        for one, answers in passes:
+            at = token_rows(cu, answers)
             r = to_device(at, learner.policy.device)
-            seen.append(policy_backward(learner.policy, targets, answers, r, count, config, means))
-            value_backward(learner.value, targets, answers, r, count, config, means)
+            given = (targets, answers, r, count, config, means, one)
+            logprob = policy_backward(learner.policy, *given)
+            value_backward(learner.value, *given)
+            if one.counts:
+                rows.append(at)
+                seen.append(logprob)
         if number == 0:
-            first = to_host(torch.cat(seen))
-            parity = parity_metrics(rollouts, on_host(targets.scores), torch.cat(rows), first)
+            parity = parity_metrics(
+                rollouts, on_host(targets.scores), *of_all_ranks(rows, seen, cu[-1], ranks)
+            )
         means.add(1, ppo_grad_norm=learner.policy_optimizer.grad_norm())
         share = targets.ptx_rows[number :: len(plan)]
         if share and config.ptx_coef > 0:
-            add_ptx_gradient(learner.policy, share, config, means)
+            add_ptx_gradient(learner.policy, share, config, means, ranks)
         skipped += step(learner, targets, config, means)
-    return metrics(means, skipped) | parity
+    return metrics(means.over(ranks), skipped) | parity
+
+
+def of_all_ranks(
+    rows: Sequence[Tensor], seen: Sequence[Tensor], tokens: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:  # (M,), (M,) of the host
+    """Rows and log-probs of a minibatch that the ranks have computed in parts."""
+    own = torch.cat([*rows, torch.empty(0, dtype=torch.int64)])
+    logprob = to_host(torch.cat([*seen])) if seen else torch.empty(0)
+    if ranks.size == 1:
+        return own, logprob
+    wide = torch.zeros(2, tokens)
+    wide[0, own], wide[1, own] = 1.0, logprob
+    wide = ranks.sum(wide)
+    (chosen,) = wide[0].nonzero(as_tuple=True)
+    return chosen, wide[1, chosen]
 
 
 def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) -> int:
@@ -203,20 +261,7 @@ def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) ->
 
 def metrics(means: Means, skipped: int) -> dict[str, float]:
     """TRL's names, over real tokens only."""
-    names = {
-        "loss/policy_avg": "policy_loss",
-        "loss/value_avg": "value_loss",
-        "loss/ptx_avg": "ptx_loss",
-        "policy/approxkl_avg": "approxkl",
-        "policy/clipfrac_avg": "clipfrac",
-        "policy/entropy_avg": "entropy",
-        "val/clipfrac_avg": "value_clipfrac",
-        "policy/grad_norm": "grad_norm",
-        "policy/grad_norm_ppo": "ppo_grad_norm",
-        "policy/grad_norm_ptx": "ptx_grad_norm",
-        "val/grad_norm": "value_grad_norm",
-    }
-    out = {name: means[key] for name, key in names.items() if key in means.sums}
+    out = {name: means[key] for name, key in REPORTED.items() if key in means.sums}
     if "excess" in means.sums:
         out["val/ratio"] = 1.0 + means["excess"]
         out["val/ratio_var"] = max(means["excess_squared"] - means["excess"] ** 2, 0.0)

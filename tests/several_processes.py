@@ -1,0 +1,79 @@
+"""N processes of one run, as torchrun would start them: started here, in one process each for several runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+Job = tuple[str, dict[str, Any]]  # stage, its config
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    own = {"PYTHONPATH": paths, "ENGINE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own, **more}
+
+
+def start(count: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
+    """python `arguments` in `count` processes that know each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        env = environment(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )  # fmt: skip
+    return processes
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> None:
+    """Waits; what the failed ones printed is the assertion's message."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    failed = {
+        rank: output[-3000:]
+        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True))
+        if process.returncode
+    }
+    assert not failed, "\n".join(f"rank {rank}: {output}" for rank, output in failed.items())
+
+
+def run_jobs(count: int, jobs: Sequence[Job], folder: Path) -> None:
+    """Each job by `count` processes together, one after another."""
+    file = folder / f"jobs-{count}.json"
+    file.write_text(json.dumps(jobs))
+    finish(start(count, [str(Path(__file__)), str(file)]))
+
+
+def main(file: str) -> None:
+    import torch
+
+    import engine
+
+    stages = {
+        "sft": (engine.train_sft, engine.SFTConfig),
+        "rm": (engine.train_reward_model, engine.RMConfig),
+        "ppo": (engine.train_ppo, engine.PPOConfig),
+    }
+    for stage, config in json.loads(Path(file).read_text()):
+        train, kind = stages[stage]
+        train(kind(**config))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
