@@ -3,6 +3,8 @@
     python -m engine.train --stage sft|rm|ppo [--config file.yaml] [--preset name] [--key value ...]
                            [--print_config] [--dry_run]
 
+    torchrun --nproc_per_node N -m engine.train --stage ...     several processes, weights sharded over them
+
 A preset's values are overridden by those of --config, and these by --key value. Exit codes: 0 done, 2 bad usage,
 3 stopped on request and resumable, 1 failed.
 """
@@ -50,7 +52,9 @@ def preset_names() -> list[str]:
 
 
 def preset_values(name: str, stage: str) -> dict[str, Any]:
-    """A preset's values for one stage."""
+    """    torchrun --nproc_per_node N -m engine.train --stage ...     several processes, weights sharded over them
+
+A preset's values for one stage."""
     if name not in preset_names():
         near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -152,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"python -m engine.train: {error}\n")
         return EXIT_USAGE
     settle_machine(config)
+    from engine.run.distributed import leave
     from engine.run.session import Stopped
 
     try:
@@ -161,8 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(stage, config)
         else:
             run(config)
+            leave()
     except Stopped as stopped:
-        print(stopped)
+        leave()
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process has stopped
+            print(stopped)
         return EXIT_STOPPED
     except EngineError as error:
         sys.stderr.write(f"python -m engine.train: {error}\n")

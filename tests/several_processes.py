@@ -59,9 +59,8 @@ def run_jobs(count: int, jobs: Sequence[Job], folder: Path) -> None:
 
 
 def main(file: str) -> None:
-    import torch
-
     import engine
+    from engine.run.distributed import leave
 
     stages = {
         "sft": (engine.train_sft, engine.SFTConfig),
@@ -71,8 +70,7 @@ def main(file: str) -> None:
     for stage, config in json.loads(Path(file).read_text()):
         train, kind = stages[stage]
         train(kind(**config))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -143,12 +143,28 @@ def join(device: str, replicate: int = 1) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     from torch.distributed.device_mesh import init_device_mesh
 
     shape, names = ((size,), (SHARD,)) if replicate == 1 else ((replicate, size // replicate), (REPLICATE, SHARD))
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", shape, mesh_dim_names=names)
     return Ranks(torch.distributed.get_rank(), size, local_size, mesh)
+
+
+def _meet(backend: str) -> None:
+    """torchrun keeps one store over its restarts, in which a process would find the addresses of those that died
+    (torch 2.13): every attempt has its own names in it."""
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
+
+
+def leave() -> None:
+    """The end of `join`, when all is done: nobody goes before the others have all they wait for."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def is_sharded(x: Tensor) -> bool:
