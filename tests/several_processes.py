@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-Job = tuple[str, dict[str, Any]]  # stage, its config
+Job = tuple[str, dict[str, Any]]  # stage or "module:function", arguments of `train` or of the function
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -32,11 +32,9 @@ def start(count: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )  # fmt: skip
+        command = [sys.executable, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
     return processes
 
 
@@ -58,18 +56,49 @@ def run_jobs(count: int, jobs: Sequence[Job], folder: Path) -> None:
     finish(start(count, [str(Path(__file__)), str(file)]))
 
 
-def main(file: str) -> None:
-    import engine
-    from engine.run.distributed import leave
+class Cut(BaseException):
+    """Stands for a kill: nothing of the engine may catch it."""
 
-    stages = {
+
+def train(stage: str, config: dict[str, Any], saves: int | None = None) -> None:
+    """One run, in this process; with `saves` it is cut off after so many checkpoints."""
+    import engine
+    from engine.run.session import Session
+
+    stages: dict[str, tuple[Any, Any]] = {
         "sft": (engine.train_sft, engine.SFTConfig),
         "rm": (engine.train_reward_model, engine.RMConfig),
         "ppo": (engine.train_ppo, engine.PPOConfig),
     }
-    for stage, config in json.loads(Path(file).read_text()):
-        train, kind = stages[stage]
-        train(kind(**config))
+    function, kind = stages[stage]
+    whole, done = Session.save, []
+
+    def save(self: Session, *arguments: Any) -> None:
+        whole(self, *arguments)
+        done.append(1)
+        if len(done) == saves:
+            raise Cut
+
+    Session.save = save  # type: ignore[method-assign]
+    try:
+        function(kind(**config))
+    except Cut:
+        pass
+    finally:
+        Session.save = whole  # type: ignore[method-assign]
+
+
+def main(file: str) -> None:
+    import importlib
+
+    from engine.run.distributed import leave
+
+    for name, arguments in json.loads(Path(file).read_text()):
+        if ":" in name:  # a check of its own
+            module, _, function = name.partition(":")
+            getattr(importlib.import_module(module), function)(**arguments)
+        else:
+            train(name, **arguments)
     leave()
 
 

@@ -77,6 +77,18 @@ def _norm(module: str, a: Architecture) -> Iterator[tuple[str, Spec]]:
         yield f"{module}.bias", Spec((a.hidden_size,), "vector")
 
 
+REST = ""  # the part of embeddings, last norm and output matrix
+
+
+def part_of(name: str) -> str:
+    """The part of the network that reads a parameter, which is gathered as one where weights are sharded:
+    "layers.3.mlp.up_proj.weight" -> "layers.3", "score.weight" -> "score", anything else belongs to the rest."""
+    pieces = name.split(".")
+    if pieces[0] == "layers":
+        return ".".join(pieces[:2])
+    return "score" if pieces[0] == "score" else REST
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a module's tensors lie in the files of a family.

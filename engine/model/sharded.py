@@ -27,18 +27,8 @@ from engine.errors import ModelError
 from engine.kernels.linear import PackedWeight, pack_weight
 from engine.run.distributed import is_sharded
 
-from .names import Spec
+from .names import REST, Spec, part_of
 from .storage import Weights, _StraightThrough
-
-REST = ""  # the part of embeddings, last norm and output matrix
-
-
-def part_of(name: str) -> str:
-    """"layers.3.mlp.up_proj.weight" -> "layers.3"; "score.weight" -> "score"; anything else belongs to the rest."""
-    pieces = name.split(".")
-    if pieces[0] == "layers":
-        return ".".join(pieces[:2])
-    return "score" if pieces[0] == "score" else REST
 
 
 class _Part(nn.Module):

@@ -154,9 +154,12 @@ def join(device: str, replicate: int = 1) -> Ranks:
 def _meet(backend: str) -> None:
     """torchrun keeps one store over its restarts, in which a process would find the addresses of those that died
     (torch 2.13): every attempt has its own names in it."""
-    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    own = PrefixStore(f"attempt-{attempt}", store)
     torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
 
 

@@ -30,6 +30,7 @@ from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import RMData, load_rm_data
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
+from engine.stages.several import check_epochs
 
 
 def train_reward_model(config: RMConfig) -> Path:
@@ -53,6 +54,7 @@ def train_reward_model(config: RMConfig) -> Path:
         session.write_config()
         for line in data.reports:
             session.log.event(line)
+        check_epochs(session, model, "score")
         run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
         constant = -stage.demonstration_mean()
         model = model.with_constant(model.constant + constant)

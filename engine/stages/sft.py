@@ -26,6 +26,7 @@ from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, load_sft_data
 from engine.stages.select import select_checkpoint
+from engine.stages.several import check_epochs
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def train_sft(config: SFTConfig) -> Path:
         session.write_config()
         for line in data.reports:
             session.log.event(line)
+        check_epochs(session, policy.model, "lm_head")
         run_epochs(
             session,
             stage.epochs_config,

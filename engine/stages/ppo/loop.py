@@ -29,6 +29,7 @@ from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
+from engine.stages.several import check_ppo
 
 LIVE = (
     "objective/scores",
@@ -61,6 +62,8 @@ def train_ppo(config: PPOConfig) -> Path:
         session.write_config()
         for line in data.reports:
             session.log.event(line)
+        judges = [reward.model for reward in rewards if reward.model is not None]
+        check_ppo(session, config, policy.model, ppo.value, [reference, *judges])
         restore(session, ppo)
         if ppo.iteration == 0:
             log_evaluation(session, ppo, rewards, data, "before")
