@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def _from_shards(path: Path, like: Mapping[str, Tensor], ranks: Ranks) -> dict[s
     there: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     _check(path, {name: tuple(entry.size) for name, entry in there.items()}, like)
     found = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-    load_shards(found, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=ranks.mesh is None)
+    with warnings.catch_warnings():  # it supposes that one process might be a mistake
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load_shards(found, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=ranks.mesh is None)
     return found
 
 

@@ -55,7 +55,7 @@ def configs(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("faults")
     data = write_all(folder)
     common = {
-        **COMMON, "model_name_or_path": str(save_tiny("gpt2", folder / "model")), "dataset_name": data["sft"],
+        **COMMON, "model_name_or_path": str(save_tiny("llama", folder / "model")), "dataset_name": data["sft"],
         "per_device_train_batch_size": 2, "num_train_epochs": 3, "save_steps": 1, "learning_rate": 3e-3,
     }  # fmt: skip
     return {name: {**common, "output_dir": str(folder / name)} for name in ("one", "killed")}
@@ -78,13 +78,13 @@ def test_killed_twice_then_finished_by_one(configs):
     os.kill(first[1], signal.SIGKILL)
     wait_until(lambda: set(workers(run.pid).values()).isdisjoint(first.values()) and workers(run.pid), run)
     reached = newest(folder)
-    wait_until(lambda: newest(folder) >= reached + 2, run)  # it goes on by itself, within a minute
+    wait_until(lambda: newest(folder) > reached, run)  # it goes on by itself, within a minute
 
     second = workers(run.pid)
     os.kill(second[0], signal.SIGKILL)
     output, _ = run.communicate(timeout=MINUTE)
     assert run.returncode not in (0, None), output
-    assert f"going on from {folder}" in output
+    assert f"going on from {folder}" in (folder / "events.jsonl").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in (*first.values(), *second.values()))
 
     left = newest(folder)

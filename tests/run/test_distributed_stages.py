@@ -20,13 +20,7 @@ from engine.run.sharded_checkpoint import is_sharded_checkpoint
 
 COMMON = {"threads": 1, "progress": False, "dtype": "float32", "max_length": 80}
 TIMES = ("timing/", "perf/")
-REWARDS = [{"source": "run.test_distributed_stages:reward_of_length"}]
-
-
-def reward_of_length(prompts, completions, **columns):
-    """Not of one completion alone: it must be called with all of them."""
-    longest = max(map(len, completions), default=1) or 1
-    return [len(text) / longest if index % 3 else None for index, text in enumerate(completions)]
+REWARDS = [{"source": "several_processes:reward_of_length"}]
 
 
 class Setting:
@@ -124,6 +118,7 @@ def assert_same_trajectory(ours: Path, one: Path) -> None:
 
 
 def assert_same_weights(ours: Path, one: Path) -> None:
+    """Of families whose every parameter has a gradient: Adam makes whole steps of one that is rounding alone."""
     found, wanted = load_file(ours / "model.safetensors"), load_file(one / "model.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
