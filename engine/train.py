@@ -109,13 +109,19 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
         print("Keys of a stage: python -m engine.train --stage ppo --help")
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else EXIT_USAGE)
     parser = build_parser(first.stage, first.preset)
-    found = parser.parse_args(list(argv))
+    found = parser.parse_args(appending(argv))
     kind = STAGES[first.stage]
     values = parser.instantiate(found).as_dict()
     for key in ("config", "stage", "preset", "dry_run"):
         values.pop(key, None)
     values.pop("__path__", None)
     return first.stage, kind(**values), bool(found.dry_run)
+
+
+def appending(argv: Sequence[str]) -> list[str]:
+    """argv in which every --allow_config_change adds to the list, as jsonargparse writes it."""
+    name = "--allow_config_change"
+    return [re.sub(rf"^{name}(?==|$)", f"{name}+", word) for word in argv]
 
 
 def run(config: RunConfig) -> None:

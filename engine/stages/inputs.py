@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from engine.data.rows import Dataset, DataSource
 from engine.data.split import hold_back
 from engine.data.text import Example, PretrainRows, load_pretrain, load_sft
 from engine.errors import ConfigError
+from engine.model.weights import resolve_folder
+from engine.run.resume import digest, folder_identity, rows_identity
 from engine.run.streams import generator
 
 EVAL_PTX_ROWS = 64  # rows of held-out text that a validation scores
@@ -224,3 +226,32 @@ def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
     train, validation, lines = with_validation(config, load)
     ptx, held, more = load_text(config, tokenizer)
     return PPOData(train, validation[: config.eval_num_prompts], ptx, held, lines + more)
+
+
+def identities(config: RunConfig, data: SFTData | RMData | PPOData) -> dict[str, str]:
+    """What a run reads besides its config, each in words: a checkpoint remembers them, a resume compares them."""
+    found = {}
+    for part in fields(data):
+        value = getattr(data, part.name)
+        if isinstance(value, PretrainRows):
+            shape = " x ".join(map(str, value.table.shape))
+            found[f"data.{part.name}"] = f"{shape} tokens ({digest([value.table.tobytes()])})"
+        elif value is not None and part.name != "reports":
+            found[f"data.{part.name}"] = rows_identity(value)
+    for name, path in model_folders(config):
+        found[f"model.{name}"] = folder_identity(resolve_folder(path))
+    return found
+
+
+def model_folders(config: RunConfig) -> list[tuple[str, str]]:
+    """(key, folder or hub id) of every model that a run reads as long as it goes on."""
+    folders = [("model_name_or_path", config.model_name_or_path)]
+    if isinstance(config, SFTConfig) and config.select_by_reward_model:
+        folders.append(("select_by_reward_model", config.select_by_reward_model))
+    if isinstance(config, PPOConfig):
+        if config.reward_model_path:
+            folders.append(("reward_model_path", config.reward_model_path))
+        for number, reward in enumerate(config.rewards):
+            if ":" not in reward.source:
+                folders.append((f"rewards.{number}", reward.source))
+    return folders

@@ -20,9 +20,10 @@ from engine.data.text import Example
 from engine.hybrid import HybridEngine
 from engine.model import transformer
 from engine.model.transformer import Dropout, Model
+from engine.run.files import published
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import SFTData, load_sft_data
+from engine.stages.inputs import SFTData, identities, load_sft_data
 from engine.stages.select import select_checkpoint
 
 
@@ -50,9 +51,7 @@ def train_sft(config: SFTConfig) -> Path:
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live) as session:
-        session.write_config()
-        for line in data.reports:
-            session.log.event(line)
+        session.start(identities(config, data), data.reports)
         run_epochs(
             session,
             stage.epochs_config,
@@ -63,7 +62,8 @@ def train_sft(config: SFTConfig) -> Path:
         )
         if config.select_by_reward_model:
             select_checkpoint(session, config, policy, data.eval_prompts())
-        policy.save_pretrained(config.output_dir)
+        with published(session.folder) as folder:
+            policy.save_pretrained(folder)
         session.log.event(f"model: {config.output_dir}")
     return Path(config.output_dir)
 
