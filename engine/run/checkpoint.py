@@ -123,6 +123,12 @@ def save(
     return final
 
 
+def settle(root: Path, step: int, keep: int) -> None:
+    """Finish what a `save` of `step` may have left to do when it was killed: put away, rotate."""
+    _clean_up(root)
+    _rotate(root, step, keep)
+
+
 def load(path: Path | str) -> Checkpoint:
     """Read a checkpoint back. Raises `CheckpointError` when `verify` does."""
     path = Path(path)

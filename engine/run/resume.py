@@ -54,14 +54,17 @@ def folder_identity(folder: Path) -> str:
     return digest(parts)
 
 
-def differences(
-    saved: Mapping[str, Any], now: Mapping[str, Any], ignored: frozenset[str] = WITHOUT_EFFECT
-) -> dict[str, str]:
-    """Key -> "was x, is y" of every key that differs and that could change the result."""
+def with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that change the result: what a checkpoint remembers."""
+    return {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> "was x, is y" of every key that differs."""
     wanted = json.loads(json.dumps(dict(now)))
     out = {}
     for key in sorted(saved.keys() | wanted.keys()):
-        if key in ignored or (key in saved and key in wanted and saved[key] == wanted[key]):
+        if key in saved and key in wanted and saved[key] == wanted[key]:
             continue
         was, now_is = (json.dumps(d[key]) if key in d else "absent" for d in (saved, wanted))
         out[key] = f"was {was}, is {now_is}"
@@ -94,8 +97,8 @@ def check_same_run(
             raise ConfigError(
                 f"allow_config_change: got {key!r}, want keys of the config or {', '.join(sorted(inputs))}{hint}"
             )
-    found = differences(saved["config"] or {}, config)
-    found |= differences(saved["inputs"] or {}, inputs, frozenset())
+    found = differences(saved["config"] or {}, with_effect(config))
+    found |= differences(saved["inputs"] or {}, inputs)
     refused = {key: text for key, text in found.items() if key not in allowed}
     if refused:
         lines = "\n".join(f"  {key}: {text}" for key, text in refused.items())

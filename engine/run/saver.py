@@ -56,7 +56,10 @@ class Saver:
         """Copy now, write beside the caller. Waits for the checkpoint before, if it is still being written."""
         began = time.perf_counter()
         self.wait()
-        copies = {group: {name: copied(t) for name, t in named.items()} for group, named in tensors.items()}
+        copies = {
+            group: {name: copied(t) for name, t in named.items()}
+            for group, named in tensors.items()
+        }
         waited = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._write, args=(step, copies, dict(state), interim, waited), name="checkpoint"

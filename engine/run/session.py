@@ -27,7 +27,7 @@ from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.kernels.linear import exact_products
 from engine.run import checkpoint, files
 from engine.run.log import RunLog
-from engine.run.resume import check_same_run
+from engine.run.resume import check_same_run, with_effect
 from engine.run.saver import Saver
 
 
@@ -205,6 +205,9 @@ class Session:
         """The checkpoint to go on from, if `start` found one; the records go on after it."""
         found, self._found = self._found, None
         if found is not None:
+            if found.path.resolve().parent == self.folder.resolve():
+                with files.refusals_named(self.folder):
+                    checkpoint.settle(self.folder, found.step, self.config.save_total_limit)
             self.log.resume(found.step)
             self._saved_at = found.step
         return found
@@ -228,7 +231,8 @@ class Session:
         """Save in the background; `interim`: beside the schedule. Nothing is done when `step` was saved already."""
         if step == self._saved_at:
             return
-        more = {"step": step, "stage": self.stage, "config": to_dict(self.config), "inputs": self._inputs}
+        more = {"step": step, "stage": self.stage, "config": with_effect(to_dict(self.config))}
+        more["inputs"] = self._inputs
         self._saver.save(step, tensors, {**state, **more}, interim)
         self._saved_at = step
 
