@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from engine.errors import ConfigError, OutputError
 
 LOCK = ".lock"
@@ -19,13 +21,14 @@ _MODEL_ASIDE = ".tmp-model"
 
 @contextmanager
 def refusals_named(path: Path) -> Iterator[None]:
-    """An `OSError` inside becomes an `OutputError` that names the path and says how to go on."""
+    """An `OSError` inside (safetensors wraps its own) becomes an `OutputError` that names the path and what to do."""
     try:
         yield
-    except OSError as error:
-        at = error.filename or path
+    except (OSError, SafetensorError) as error:
+        at = getattr(error, "filename", None) or path
+        why = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{at}: cannot be written ({error.strerror or error}); nothing is left half-written. Free space or allow"
+            f"{at}: cannot be written ({why}); nothing is left half-written. Free space or allow"
             " writing there, then go on from the newest checkpoint (--resume_from_checkpoint true)"
         ) from error
 

@@ -27,7 +27,7 @@ from engine.run.device import to_device, to_host
 from engine.run.files import published
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import RMData, identities, load_rm_data
+from engine.stages.inputs import RMData, check_vocabulary, identities, load_rm_data
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
@@ -43,6 +43,8 @@ def train_reward_model(config: RMConfig) -> Path:
         device=config.device,
     )
     data = load_rm_data(config, tokenizer, model.architecture.max_positions)
+    vocabulary = {config.model_name_or_path: model.architecture.vocab_size}
+    check_vocabulary(config, data, tokenizer, vocabulary)
     stage = RMStage(config, model, data)
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
     with Session(config, "rm", total_steps(config, len(data.train)), live) as session:

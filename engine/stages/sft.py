@@ -23,7 +23,7 @@ from engine.model.transformer import Dropout, Model
 from engine.run.files import published
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import SFTData, identities, load_sft_data
+from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
 from engine.stages.select import select_checkpoint
 
 
@@ -47,6 +47,8 @@ def train_sft(config: SFTConfig) -> Path:
         config.model_name_or_path, dtype=config.dtype, trainable=True, device=config.device
     )
     data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    vocabulary = {config.model_name_or_path: policy.model.architecture.vocab_size}
+    check_vocabulary(config, data, policy.tokenizer, vocabulary)
     stage = SFTStage(config, policy.model, data)
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")

@@ -20,7 +20,7 @@ from engine.model.weights import load_policy, load_scalar, save_scalar, scalar_f
 from engine.run.files import published
 from engine.run.session import Session, peak_memory_gb, set_threads
 from engine.stages.epochs import stuck_error
-from engine.stages.inputs import PPOData, identities, load_ppo_data
+from engine.stages.inputs import PPOData, check_vocabulary, identities, load_ppo_data
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
@@ -52,6 +52,10 @@ def train_ppo(config: PPOConfig) -> Path:
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
     rewards = load_rewards(config)
     ppo = PPO(policy, initial_value(config, rewards), reference, config)
+    models = {config.model_name_or_path: policy.model, "the value model": ppo.value}
+    models |= {f"reward {r.name!r}": r.model for r in rewards if r.model is not None}
+    vocabulary = {name: model.architecture.vocab_size for name, model in models.items()}
+    check_vocabulary(config, data, policy.tokenizer, vocabulary)
     with Session(config, "ppo", config.num_iterations, LIVE) as session:
         session.start(identities(config, data), data.reports)
         due = restore(session, ppo)
