@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,12 +110,20 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
         print("Keys of a stage: python -m engine.train --stage ppo --help")
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else EXIT_USAGE)
     parser = build_parser(first.stage, first.preset)
-    found = parser.parse_args(appending(argv))
     kind = STAGES[first.stage]
-    values = parser.instantiate(found).as_dict()
+    try:
+        found = parser.parse_args(appending(argv))
+        values = parser.instantiate(found).as_dict()
+    except EngineError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        parser.error(f"not a config: {type(error).__name__}: {error}")
     for key in ("config", "stage", "preset", "dry_run"):
         values.pop(key, None)
     values.pop("__path__", None)
+    for field in fields(kind):  # jsonargparse lets null pass for any type
+        if values.get(field.name, field) is None and "None" not in str(field.type):
+            raise ConfigError(f"{field.name}: got null, want a value of type {field.type}")
     return first.stage, kind(**values), bool(found.dry_run)
 
 

@@ -21,7 +21,9 @@ from engine.run.device import choose_device
 from engine.stages.inputs import model_folders
 
 SHOWN = 5
-ALLOCATORS = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
+ALLOCATORS = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,13 +50,24 @@ def memory_items(config: RunConfig) -> list[tuple[str, float]]:
     trained = count_parameters(a, "lm_head" if is_ppo or isinstance(config, SFTConfig) else "score")
     frozen = 0
     if isinstance(config, PPOConfig):
-        value_path = config.value_model_path or config.reward_model_path or config.model_name_or_path
+        value_path = (
+            config.value_model_path or config.reward_model_path or config.model_name_or_path
+        )
         frozen = trained  # the reference
         trained += count_parameters(read_sizes(value_path), "score")
     for _, path in model_folders(config)[1:]:
         frozen += count_parameters(read_sizes(path), "score")
-    average = 4.0 * count_parameters(a, "lm_head") if isinstance(config, PPOConfig) and config.ema_decay else 0.0
-    activations = config.micro_batch_tokens * a.num_layers * (10 * a.hidden_size + 3 * a.intermediate_size) * 4.0
+    average = (
+        4.0 * count_parameters(a, "lm_head")
+        if isinstance(config, PPOConfig) and config.ema_decay
+        else 0.0
+    )
+    activations = (
+        config.micro_batch_tokens
+        * a.num_layers
+        * (10 * a.hidden_size + 3 * a.intermediate_size)
+        * 4.0
+    )
     items = [
         ("masters of the trained weights (float32)", 4.0 * trained),
         ("gradients", 4.0 * trained),
@@ -63,7 +76,10 @@ def memory_items(config: RunConfig) -> list[tuple[str, float]]:
         ("the policy's average", average),
         ("frozen models", float(storage * frozen)),
         ("a checkpoint while it is written", 12.0 * trained + average),
-        ("keys and values while sampling", config.kv_cache_gb * 1e9 if isinstance(config, PPOConfig) else 0.0),
+        (
+            "keys and values while sampling",
+            config.kv_cache_gb * 1e9 if isinstance(config, PPOConfig) else 0.0,
+        ),
         (f"activations of {config.micro_batch_tokens} tokens, roughly", activations),
     ]
     return sorted((item for item in items if item[1]), key=lambda item: -item[1])
@@ -73,7 +89,10 @@ def helpful_flags(config: RunConfig) -> list[str]:
     """Flags that lower memory, with what they are now. None but the last two changes a run's result."""
     flags = [f"--micro_batch_tokens (now {config.micro_batch_tokens})"]
     if isinstance(config, PPOConfig):
-        flags += [f"--kv_cache_gb (now {config.kv_cache_gb:g})", f"--max_active (now {config.max_active})"]
+        flags += [
+            f"--kv_cache_gb (now {config.kv_cache_gb:g})",
+            f"--max_active (now {config.max_active})",
+        ]
         flags += [f"--ema_decay 0 (now {config.ema_decay:g})"]
     return [*flags, f"--dtype bfloat16 (now {config.dtype})"]
 

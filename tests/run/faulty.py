@@ -30,7 +30,13 @@ def rm(setting: dict[str, str], out: Path, **more) -> engine.RMConfig:
 
 
 def ppo(setting: dict[str, str], out: Path, reward: str = "length", **more) -> engine.PPOConfig:
-    values = {"total_episodes": 12, "batch_size": 4, "num_mini_batches": 2, "response_length": 6, "max_length": 60}
+    values = {
+        "total_episodes": 12,
+        "batch_size": 4,
+        "num_mini_batches": 2,
+        "response_length": 6,
+        "max_length": 60,
+    }
     values |= {"rewards": [engine.RewardSource(source=f"run.faulty:{reward}")], "save_steps": 100}
     values |= {"dataset_name": setting["prompts"], "model_name_or_path": setting["model"]} | COMMON
     return engine.PPOConfig(output_dir=str(out), **(values | more))

@@ -30,7 +30,11 @@ class FullDisk:
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.folder:
             return
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if (writes or event in self.EVENTS) and str(arguments[0]).startswith(self.folder):
             self.count()
 
@@ -68,7 +72,13 @@ def setting(tmp_path_factory) -> dict[str, str]:
 
 
 def sft(setting: dict[str, str], out: Path, **more) -> engine.SFTConfig:
-    values = {"per_device_train_batch_size": 6, "save_steps": 1, "max_steps": 2, "max_length": 80, "threads": 1}
+    values = {
+        "per_device_train_batch_size": 6,
+        "save_steps": 1,
+        "max_steps": 2,
+        "max_length": 80,
+        "threads": 1,
+    }
     values |= {"progress": False, "dtype": "float32", "dataset_name": setting["sft"]}
     return engine.SFTConfig(
         model_name_or_path=setting["model"], output_dir=str(out), **(values | more)
@@ -77,7 +87,11 @@ def sft(setting: dict[str, str], out: Path, **more) -> engine.SFTConfig:
 
 def timeless(folder: Path) -> list[dict]:
     return [
-        {k: v for k, v in json.loads(x).items() if k != "time" and "timing/" not in k and "perf/" not in k}
+        {
+            k: v
+            for k, v in json.loads(x).items()
+            if k != "time" and "timing/" not in k and "perf/" not in k
+        }
         for x in (folder / "metrics.jsonl").read_text().splitlines()
     ]
 
@@ -107,7 +121,11 @@ def test_full_at_each_write(setting, tmp_path, disk):
             checkpoint.verify(path)
         if out.exists():
             assert not list(out.glob(".tmp-*"))
-            for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else ():
+            for line in (
+                (out / "metrics.jsonl").read_text().splitlines()
+                if (out / "metrics.jsonl").exists()
+                else ()
+            ):
                 json.loads(line)
         if writes % 3 == 0:
             engine.train_sft(dataclasses.replace(config, resume_from_checkpoint="true"))
@@ -120,8 +138,24 @@ def test_full_at_each_write(setting, tmp_path, disk):
 def test_a_folder_that_refuses(setting, tmp_path, capsys):
     """A file stands where the folder should be; through the command line it is one message and exit code 1."""
     (tmp_path / "run").write_text("not a folder")
-    argv = ["--stage", "sft", "--model_name_or_path", setting["model"], "--output_dir", str(tmp_path / "run")]
-    argv += ["--dataset_name", setting["sft"], "--max_length", "80", "--progress", "false", "--threads", "1"]
+    argv = [
+        "--stage",
+        "sft",
+        "--model_name_or_path",
+        setting["model"],
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    argv += [
+        "--dataset_name",
+        setting["sft"],
+        "--max_length",
+        "80",
+        "--progress",
+        "false",
+        "--threads",
+        "1",
+    ]
     assert main(argv) == 1
     said = capsys.readouterr().err
     assert "cannot be written (File exists)" in said and "Traceback" not in said

@@ -65,7 +65,14 @@ def test_a_config_that_disagrees_with_the_weights_names_the_tensors(setting, tmp
 
 
 def test_a_model_folder_that_is_not_there_is_one_message(setting, tmp_path, capsys):
-    argv = ["--stage", "sft", "--model_name_or_path", str(tmp_path / "no"), "--output_dir", str(tmp_path / "run")]
+    argv = [
+        "--stage",
+        "sft",
+        "--model_name_or_path",
+        str(tmp_path / "no"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     assert main([*argv, "--dataset_name", setting["sft"]]) == 1
     said = capsys.readouterr().err
     assert "want a folder that exists" in said and "Traceback" not in said
@@ -74,14 +81,18 @@ def test_a_model_folder_that_is_not_there_is_one_message(setting, tmp_path, caps
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_tokenizer_of_another_vocabulary_is_refused(stage, setting, tmp_path):
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"{word} " for word in ("cat", "dog", "the", "red", "big", "two", "sees", "runs")])
+    tokenizer.add_tokens(
+        [f"{word} " for word in ("cat", "dog", "the", "red", "big", "two", "sees", "runs")]
+    )
     tokenizer.save_pretrained(setting["model"])
     train, config = {
         "sft": (engine.train_sft, faulty.sft),
         "rm": (engine.train_reward_model, faulty.rm),
         "ppo": (engine.train_ppo, faulty.ppo),
     }[stage]
-    with pytest.raises(ModelError, match=r"the tokenizer of .* gives token 26\d, the model has 0..262"):
+    with pytest.raises(
+        ModelError, match=r"the tokenizer of .* gives token 26\d, the model has 0..262"
+    ):
         train(config(setting, tmp_path / "run"))
 
 
@@ -106,7 +117,9 @@ def test_a_single_ranked_answer_is_a_bad_row(setting, tmp_path):
     path = write(tmp_path / "k1.jsonl", rows)
     with pytest.raises(DataError, match="k1.jsonl:1: .*2"):
         engine.train_reward_model(faulty.rm(setting, tmp_path / "run", dataset_name=path))
-    engine.train_reward_model(faulty.rm(setting, tmp_path / "run", dataset_name=path, bad_rows="skip"))
+    engine.train_reward_model(
+        faulty.rm(setting, tmp_path / "run", dataset_name=path, bad_rows="skip")
+    )
     assert "left out" in (tmp_path / "run" / "events.jsonl").read_text()
 
 
@@ -164,7 +177,9 @@ def test_all_answers_empty(score_at, setting, tmp_path):
 
 @pytest.mark.parametrize("mode", ["subtract", "replace"])
 def test_all_answers_hit_the_limit(mode, setting, tmp_path):
-    engine.train_ppo(faulty.ppo(setting, tmp_path / "run", response_length=2, missing_eos_mode=mode))
+    engine.train_ppo(
+        faulty.ppo(setting, tmp_path / "run", response_length=2, missing_eos_mode=mode)
+    )
     found = [r for r in records(tmp_path / "run") if "val/eos_rate" in r]
     assert len(found) == 3
     for record in found:
@@ -178,4 +193,6 @@ def test_an_empty_file_and_an_empty_folder(setting, tmp_path):
         engine.train_sft(faulty.sft(setting, tmp_path / "run", dataset_name=path))
     (tmp_path / "folder").mkdir()
     with pytest.raises(EngineError, match="no data files"):
-        engine.train_sft(faulty.sft(setting, tmp_path / "run", dataset_name=str(tmp_path / "folder")))
+        engine.train_sft(
+            faulty.sft(setting, tmp_path / "run", dataset_name=str(tmp_path / "folder"))
+        )

@@ -32,8 +32,24 @@ def test_it_is_one_message(error, setting, tmp_path, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(sft_stage, "token_logprobs", full)
-    argv = ["--stage", "sft", "--model_name_or_path", setting["model"], "--output_dir", str(tmp_path / "run")]
-    argv += ["--dataset_name", setting["sft"], "--max_length", "80", "--progress", "false", "--threads", "1"]
+    argv = [
+        "--stage",
+        "sft",
+        "--model_name_or_path",
+        setting["model"],
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    argv += [
+        "--dataset_name",
+        setting["sft"],
+        "--max_length",
+        "80",
+        "--progress",
+        "false",
+        "--threads",
+        "1",
+    ]
     assert main(argv) == 1
     said = capsys.readouterr().err
     assert "out of memory" in said and "Traceback" not in said
@@ -53,8 +69,24 @@ def test_other_errors_are_not_taken_for_it(setting, tmp_path, monkeypatch):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(sft_stage, "token_logprobs", wrong)
-    argv = ["--stage", "sft", "--model_name_or_path", setting["model"], "--output_dir", str(tmp_path / "run")]
-    argv += ["--dataset_name", setting["sft"], "--max_length", "80", "--progress", "false", "--threads", "1"]
+    argv = [
+        "--stage",
+        "sft",
+        "--model_name_or_path",
+        setting["model"],
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    argv += [
+        "--dataset_name",
+        setting["sft"],
+        "--max_length",
+        "80",
+        "--progress",
+        "false",
+        "--threads",
+        "1",
+    ]
     with pytest.raises(RuntimeError, match="shapes differ"):
         main(argv)
 
@@ -67,7 +99,10 @@ def test_items_are_what_the_stages_hold(setting, tmp_path):
     config = faulty.ppo(setting, tmp_path / "run", total_episodes=4)
     engine.train_ppo(config)
     found = checkpoint.load(checkpoint.kept(tmp_path / "run")[0]).tensors
-    size = {name: sum(4.0 * t.numel() for t in group.values() if t.dim()) for name, group in found.items()}
+    size = {
+        name: sum(4.0 * t.numel() for t in group.values() if t.dim())
+        for name, group in found.items()
+    }
     items = dict(memory_items(config))
     assert items["masters of the trained weights (float32)"] == size["policy"] + size["value"]
     assert items["Adam's moments"] == size["optimizer_policy"] + size["optimizer_value"]

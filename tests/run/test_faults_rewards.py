@@ -33,7 +33,11 @@ def calls(monkeypatch):
 
 def records(folder: Path) -> list[dict]:
     return [
-        {k: v for k, v in json.loads(x).items() if k != "time" and "timing/" not in k and "perf/" not in k}
+        {
+            k: v
+            for k, v in json.loads(x).items()
+            if k != "time" and "timing/" not in k and "perf/" not in k
+        }
         for x in (folder / "metrics.jsonl").read_text().splitlines()
     ]
 
@@ -105,7 +109,9 @@ def test_numbers_of_torch_and_numpy_are_numbers(kind, setting, tmp_path):
 
 
 def test_a_constant_reward_trains_on_finite_numbers(setting, tmp_path):
-    engine.train_ppo(faulty.ppo(setting, tmp_path / "run", "constant", missing_eos_penalty=0.0, kl_coef=0.0))
+    engine.train_ppo(
+        faulty.ppo(setting, tmp_path / "run", "constant", missing_eos_penalty=0.0, kl_coef=0.0)
+    )
     for record in records(tmp_path / "run"):
         assert "non_finite" not in record and record["policy/skipped_steps"] == 0.0
         assert record["objective/scores_std"] == 0.0 and record["objective/scores"] == 0.25
@@ -120,8 +126,12 @@ def test_a_reward_model_that_scores_nan_is_named(setting, tmp_path, monkeypatch)
 
     monkeypatch.setattr(reward_sources, "answer_scores", broken)
     engine.train_reward_model(faulty.rm(setting, tmp_path / "rm", max_steps=1))
-    config = faulty.ppo(setting, tmp_path / "run", rewards=[], reward_model_path=str(tmp_path / "rm"))
-    with pytest.raises(EngineError, match="reward 'rm': the model scores 4 of 4 answers with a number that is not"):
+    config = faulty.ppo(
+        setting, tmp_path / "run", rewards=[], reward_model_path=str(tmp_path / "rm")
+    )
+    with pytest.raises(
+        EngineError, match="reward 'rm': the model scores 4 of 4 answers with a number that is not"
+    ):
         engine.train_ppo(config)
 
 

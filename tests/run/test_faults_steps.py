@@ -83,7 +83,9 @@ def test_many_in_a_row_end_the_run_and_save_it(stage, setting, tmp_path, monkeyp
     poison_loss(monkeypatch, kind, bad)
     more = {"max_skipped_steps": 3, "save_steps": 100, "max_steps": 8, "num_train_epochs": 4}
     run = config(setting, tmp_path / "run", **more)
-    with pytest.raises(EngineError, match=r"step 6: 3 optimizer steps in a row .*max_skipped_steps"):
+    with pytest.raises(
+        EngineError, match=r"step 6: 3 optimizer steps in a row .*max_skipped_steps"
+    ):
         train(run)
     (saved,) = checkpoint.kept(tmp_path / "run")
     assert saved.name == "checkpoint-6" and checkpoint.load(saved).state["skipped_in_a_row"] == 3
