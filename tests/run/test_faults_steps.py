@@ -112,5 +112,9 @@ def test_ppo_skips_counts_and_ends(setting, tmp_path, monkeypatch):
     assert [r["policy/skipped_in_a_row"] for r in found] == [0.0, 0.0, 2.0, 4.0]
     (saved,) = checkpoint.kept(tmp_path / "run")
     assert saved.name == "checkpoint-4"
+    with monkeypatch.context() as patch:
+        poison_gradients(patch, {0, 1, 2, 3})
+        with pytest.raises(EngineError, match="step 5: 6 optimizer steps in a row"):
+            engine.train_ppo(dataclasses.replace(config, resume_from_checkpoint="true"))
     engine.train_ppo(dataclasses.replace(config, resume_from_checkpoint="true"))
     assert (tmp_path / "run" / "model.safetensors").exists()

@@ -1,7 +1,9 @@
 """Checkpoints in the background: training waits for the copy, one is in flight, errors surface at the next call."""
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +114,28 @@ def test_an_interim_one_is_never_the_reason_that_a_good_one_goes(tmp_path):
         saver.save(step, {"model": {"w": torch.ones(2)}}, {}, interim)
         saver.wait()
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-5"}
+
+
+def test_every_file_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    """Files, the manifest last of them, their folder; then the one rename, and the folder above it."""
+    done = []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(descriptor):
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_sync(descriptor)
+
+    def rename(self, target):
+        done.append(f"rename to {Path(target).name}")
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    checkpoint.save(tmp_path, 3, {"model": {"w": torch.ones(1)}}, {"x": 1}, keep=1)
+    aside = f".tmp-checkpoint-3-{os.getpid()}"
+    names = ["model.safetensors", "state.json", "manifest.json", aside]
+    assert done == [
+        *(f"sync {n}" for n in names),
+        "rename to checkpoint-3",
+        f"sync {tmp_path.name}",
+    ]
