@@ -109,16 +109,16 @@ class RunConfig:
     """Write metrics every so many steps."""
     resume_from_checkpoint: str | None = None
     """`true`: go on from the newest valid checkpoint of output_dir, if there is one; or a checkpoint's path."""
+    allow_config_change: list[str] = field(default_factory=list)
+    """Keys that may differ from those of the checkpoint to go on from, though the result changes (repeatable)."""
+    max_skipped_steps: int = 10
+    """So many optimizer steps in a row with a loss or gradient that is not finite end the run, its state saved."""
     progress: bool = True
     """Show progress on the terminal."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.model_name_or_path),
-            "model_name_or_path",
-            self.model_name_or_path,
-            "a folder or hub id",
-        )
+        model = self.model_name_or_path
+        require(bool(model), "model_name_or_path", model, "a folder or hub id")
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
         positive(
             self,
@@ -129,7 +129,7 @@ class RunConfig:
             "save_steps",
             "eval_steps",
         )
-        positive(self, "save_total_limit", "logging_steps", "adam_epsilon")
+        positive(self, "save_total_limit", "logging_steps", "adam_epsilon", "max_skipped_steps")
         not_negative(self, "weight_decay", "max_grad_norm", "seed")
         within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
         require(
@@ -330,6 +330,8 @@ class PPOConfig(RunConfig):
     """Memory for keys and values; what does not fit waits."""
     max_ratio_deviation: float | None = None
     """Stop when a first minibatch's ratio is further from 1 than this: sampler and trainer disagree."""
+    reward_timeout_s: float | None = 3600.0
+    """Seconds that a reward function may take for the answers of an iteration; null is no limit."""
     save_samples: int = 8
     """Episodes written to samples/ at every iteration."""
 
@@ -342,18 +344,13 @@ class PPOConfig(RunConfig):
             "num_samples",
             "num_mini_batches",
             "num_ppo_epochs",
-        )
-        positive(
-            self,
+            "reward_timeout_s",
             "response_length",
             "temperature",
             "kl_target",
             "kl_horizon",
             "cliprange",
             "cliprange_value",
-        )
-        positive(
-            self,
             "ptx_length",
             "eval_num_prompts",
             "max_active",

@@ -11,7 +11,7 @@ import platform
 import resource
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import RunConfig, to_dict
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.kernels.linear import exact_products
-from engine.run import checkpoint
+from engine.run import checkpoint, files
 from engine.run.log import RunLog
+from engine.run.resume import check_same_run, with_effect
+from engine.run.saver import Saver
 
 
 class Stopped(Exception):
@@ -87,23 +89,30 @@ def refuse_a_used_folder(folder: Path, resume: str | None) -> None:
 
 
 class Session:
-    """Context manager around a stage's loop."""
+    """Context manager around a stage's loop: `start` once, then `resume`, then `check` and `save` as it goes."""
 
     def __init__(
         self, config: RunConfig, stage: str, total_steps: int, live: tuple[str, ...]
     ) -> None:
         self.config, self.stage = config, stage
         self.folder = Path(config.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with files.refusals_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         refuse_a_used_folder(self.folder, config.resume_from_checkpoint)
         self.stop_requested = False
         self._handlers: dict[int, Any] = {}
+        self._lock = files.FolderLock(self.folder)
         self._products = exact_products(config.exact_logprobs)
+        self._saver = Saver(self.folder, config.save_total_limit)
+        self._inputs: dict[str, str] = {}
+        self._found: checkpoint.Checkpoint | None = None
+        self._saved_at: int | None = None
         self.log = RunLog(
             self.folder, total_steps=total_steps, live=live, quiet=not config.progress, title=stage
         )
 
     def __enter__(self) -> Session:
+        self._lock.__enter__()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._request_stop)
         self._products.__enter__()
@@ -116,10 +125,32 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._products.__exit__(kind, error, trace)
-        self.log.__exit__(kind, error, trace)
+        try:
+            self._finish_saving(error)
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._products.__exit__(kind, error, trace)
+            self.log.__exit__(kind, error, trace)
+            self._lock.__exit__()
+
+    def _finish_saving(self, error: BaseException | None) -> None:
+        """The last checkpoint comes to be whatever ended the run; its own failure does not hide that."""
+        try:
+            self._saver.wait()
+        except EngineError as failed:
+            if error is None:
+                raise
+            self.log.event(str(failed))
+        self._tell_saved()
+
+    def _tell_saved(self) -> dict[str, float]:
+        """Events of the checkpoints that came to be, and the metrics of the last of them."""
+        metrics: dict[str, float] = {}
+        for saved in self._saver.finished():
+            self.log.event(str(saved))
+            metrics = saved.metrics()
+        return metrics
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:
@@ -127,42 +158,91 @@ class Session:
         self.stop_requested = True
         self.log.event(f"{signal.Signals(number).name}: finishing this step, then saving")
 
-    def write_config(self) -> None:
-        """config.yaml, which runs this stage again, and versions.json."""
-        text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
-        (self.folder / "config.yaml").write_text(f"# stage: {self.stage}\n{text}")
-        (self.folder / "versions.json").write_text(
-            json.dumps({"stage": self.stage, **versions()}, indent=1) + "\n"
-        )
+    def start(self, inputs: Mapping[str, str], reports: Sequence[str]) -> None:
+        """Find the checkpoint to go on from, refuse one of another run, and write what the run is.
 
-    def resume(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from, if the config asks for one and there is one."""
+        `inputs` says what the run reads besides its config, by name (engine/run/resume.py); `reports` are lines for
+        the journal. Writes config.yaml, which runs this stage again, and versions.json.
+
+        Raises:
+            CheckpointError: the checkpoint is of a config or of inputs that would give another result.
+        """
+        self._inputs = dict(inputs)
+        self._found, lines = self._find()
+        config = to_dict(self.config) | {"allow_config_change": []}  # allowed once, not for good
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        files.replace(self.folder / "config.yaml", f"# stage: {self.stage}\n{text}")
+        made_with = json.dumps({"stage": self.stage, **versions()}, indent=1) + "\n"
+        files.replace(self.folder / "versions.json", made_with)
+        for line in (*lines, *reports):
+            self.log.event(line)
+
+    def _find(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
         wanted = self.config.resume_from_checkpoint
         if wanted is None or wanted.lower() == "false":
-            return None
+            return None, []
+        lines: list[str] = []
         if wanted.lower() == "true":
-            newest = checkpoint.latest(self.folder)
+            newest, damaged = checkpoint.newest_whole(self.folder)
+            lines += [f"passed over: {text}" for text in damaged]
             if newest is None:
-                self.log.event(f"no checkpoint in {self.folder}: starting at the beginning")
-                return None
+                return None, [f"no checkpoint in {self.folder}: starting at the beginning"]
             wanted = str(newest)
         found = checkpoint.load(Path(wanted))
-        self.log.resume(int(found.state["step"]))
-        self.log.event(f"going on from {wanted}")
+        stage, step = (found.state.get(name) for name in ("stage", "step"))
+        if (stage, step) != (self.stage, found.step):
+            raise CheckpointError(
+                f"{wanted}: is of stage {str(stage)[:20]!r} at step {str(step)[:20]},"
+                f" want stage {self.stage!r} at step {found.step}"
+            )
+        allowed = self.config.allow_config_change
+        lines += check_same_run(
+            found.path, found.state, to_dict(self.config), self._inputs, allowed
+        )
+        return found, [*lines, f"going on from {wanted}"]
+
+    def resume(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, if `start` found one; the records go on after it."""
+        found, self._found = self._found, None
+        if found is not None:
+            if found.path.resolve().parent == self.folder.resolve():
+                with files.refusals_named(self.folder):
+                    checkpoint.settle(self.folder, found.step, self.config.save_total_limit)
+            self.log.resume(found.step)
+            self._saved_at = found.step
         return found
 
+    def check(self) -> dict[str, float]:
+        """Metrics of the checkpoint that came to be since the last call; call it at every step.
+
+        Raises:
+            OutputError: writing one failed; the ones before it are untouched.
+        """
+        self._saver.check()
+        return self._tell_saved()
+
     def save(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        interim: bool = False,
     ) -> None:
-        checkpoint.save(
-            self.folder,
-            step,
-            {group: dict(named) for group, named in tensors.items()},
-            {**state, "step": step, "stage": self.stage},
-            keep=self.config.save_total_limit,
-        )
+        """Save in the background; `interim`: beside the schedule. Nothing is done when `step` was saved already."""
+        if step == self._saved_at:
+            return
+        more = {"step": step, "stage": self.stage, "config": with_effect(to_dict(self.config))}
+        more["inputs"] = self._inputs
+        self._saver.save(step, tensors, {**state, **more}, interim)
+        self._saved_at = step
+
+    def wait_for_save(self) -> None:
+        """Until the last checkpoint is on the disk. Raises `OutputError` when it could not be written."""
+        self._saver.wait()
+        self._tell_saved()
 
     def stop_if_asked(self, step: int) -> None:
-        """Raises Stopped; call it after saving."""
+        """Raises Stopped when the state of `step` is on the disk; call it after saving."""
         if self.stop_requested:
+            self.wait_for_save()
             raise Stopped(self.stage, str(self.folder), step)

@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engine import ops
 from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
 from engine.data.tokenizer import load_tokenizer
 from engine.model.architectures import read_architecture
 from engine.model.folder import read_json
-from engine.model.names import parameter_specs
 from engine.model.weights import resolve_dtype, resolve_folder
+from engine.run.console import printable
 from engine.run.device import choose_device
 from engine.run.session import set_threads
 from engine.stages.epochs import total_steps
 from engine.stages.inputs import load_ppo_data, load_rm_data, load_sft_data
+from engine.stages.memory import count_parameters, memory_items
 
 
 def machine(device: torch.device, threads: int) -> str:
@@ -32,13 +34,8 @@ def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
     device = choose_device(config.device)
     folder = resolve_folder(config.model_name_or_path)
     architecture = read_architecture(read_json(Path(folder) / "config.json"))
-    specs = parameter_specs(architecture, "lm_head")
-    count = 0
-    for spec in specs.values():
-        size = 1
-        for length in spec.shape:
-            size *= length
-        count += size
+    count = count_parameters(architecture, "lm_head")
+    items = memory_items(config)
     rows = [
         ("stage", stage),
         (
@@ -47,6 +44,7 @@ def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
         ),
         ("storage", str(resolve_dtype(config.dtype, device)).removeprefix("torch.")),
         ("machine", machine(device, set_threads(config.threads))),
+        ("memory, about", f"{sum(size for _, size in items) / 1e9:.3g} GB; most: {items[0][0]}"),
         ("output", config.output_dir),
     ]
     tokenizer, context = (
@@ -81,5 +79,5 @@ def describe(stage: str, config: RunConfig) -> list[tuple[str, str]]:
 def print_plan(stage: str, config: RunConfig) -> None:
     table = Table(title="dry run: nothing is trained or written", show_header=False)
     for name, value in describe(stage, config):
-        table.add_row(name, value)
+        table.add_row(name, Text(printable(value)))  # a path or a row may hold mark-up
     Console().print(table)

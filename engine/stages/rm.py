@@ -24,9 +24,10 @@ from engine.model import heads, transformer
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
+from engine.run.files import published
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import RMData, load_rm_data
+from engine.stages.inputs import RMData, check_vocabulary, identities, load_rm_data
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
@@ -42,17 +43,18 @@ def train_reward_model(config: RMConfig) -> Path:
         device=config.device,
     )
     data = load_rm_data(config, tokenizer, model.architecture.max_positions)
+    vocabulary = {config.model_name_or_path: model.architecture.vocab_size}
+    check_vocabulary(config, data, tokenizer, vocabulary)
     stage = RMStage(config, model, data)
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
     with Session(config, "rm", total_steps(config, len(data.train)), live) as session:
-        session.write_config()
-        for line in data.reports:
-            session.log.event(line)
+        session.start(identities(config, data), data.reports)
         run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
         constant = -stage.demonstration_mean()
         model = model.with_constant(model.constant + constant)
         session.log.event(f"constant {constant:+.4f}: demonstrations now score 0 on average")
-        save_scalar(model, config.output_dir, tokenizer=tokenizer)
+        with published(session.folder) as folder:
+            save_scalar(model, folder, tokenizer=tokenizer)
         session.log.event(f"model: {config.output_dir}")
     return Path(config.output_dir)
 

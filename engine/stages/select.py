@@ -12,7 +12,7 @@ from engine.config import SFTConfig
 from engine.data.prompts import Prompt
 from engine.hybrid import HybridEngine
 from engine.model.weights import load_scalar
-from engine.run import checkpoint
+from engine.run import checkpoint, files
 from engine.run.session import Session
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.reward_sources import model_scores
@@ -33,8 +33,9 @@ def select_checkpoint(
     )
     chosen = list(prompts[: config.select_num_prompts])
     scores: dict[str, float] = {}
+    session.wait_for_save()
     for path in checkpoint.kept(session.folder):
-        policy.model.load_state(checkpoint.load(path).tensors["model"])
+        policy.model.load_state(checkpoint.load(path).group("model"))
         completions = policy.generate(
             [list(p.tokens) for p in chosen],
             max_new_tokens=config.select_response_length,
@@ -47,7 +48,7 @@ def select_checkpoint(
             f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}"
         )
     best = max(scores, key=lambda name: scores[name])
-    policy.model.load_state(checkpoint.load(session.folder / best).tensors["model"])
+    policy.model.load_state(checkpoint.load(session.folder / best).group("model"))
     record = {"best": best, "reward_model": config.select_by_reward_model, "mean_reward": scores}
-    (session.folder / SELECTION_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    files.replace(session.folder / SELECTION_FILE, json.dumps(record, indent=1) + "\n")
     session.log.event(f"best checkpoint by reward: {best}")

@@ -20,9 +20,10 @@ from engine.data.text import Example
 from engine.hybrid import HybridEngine
 from engine.model import transformer
 from engine.model.transformer import Dropout, Model
+from engine.run.files import published
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import SFTData, load_sft_data
+from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
 from engine.stages.select import select_checkpoint
 
 
@@ -46,13 +47,13 @@ def train_sft(config: SFTConfig) -> Path:
         config.model_name_or_path, dtype=config.dtype, trainable=True, device=config.device
     )
     data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    vocabulary = {config.model_name_or_path: policy.model.architecture.vocab_size}
+    check_vocabulary(config, data, policy.tokenizer, vocabulary)
     stage = SFTStage(config, policy.model, data)
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live) as session:
-        session.write_config()
-        for line in data.reports:
-            session.log.event(line)
+        session.start(identities(config, data), data.reports)
         run_epochs(
             session,
             stage.epochs_config,
@@ -63,7 +64,8 @@ def train_sft(config: SFTConfig) -> Path:
         )
         if config.select_by_reward_model:
             select_checkpoint(session, config, policy, data.eval_prompts())
-        policy.save_pretrained(config.output_dir)
+        with published(session.folder) as folder:
+            policy.save_pretrained(folder)
         session.log.event(f"model: {config.output_dir}")
     return Path(config.output_dir)
 

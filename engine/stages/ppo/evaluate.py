@@ -33,7 +33,9 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     if prompts:
         rollouts = sample(ppo, prompts)
-        score, _ = total_reward(rewards, rollouts, config.micro_batch_tokens)
+        score, _ = total_reward(
+            rewards, rollouts, config.micro_batch_tokens, config.reward_timeout_s
+        )
         kl = reference_kl(ppo, rollouts)
         sums = segment_sums(kl, rollouts.cu)
         metrics |= {

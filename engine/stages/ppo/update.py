@@ -48,6 +48,7 @@ class Targets:
     learning_rate: float
     value_learning_rate: float
     iteration: int
+    skipped_in_a_row: int  # minibatches before this iteration
 
 
 class Means:
@@ -165,7 +166,7 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
     """One iteration's optimizer steps; returns its metrics (means over real tokens)."""
     rollouts, cu, means = targets.rollouts, targets.rollouts.cu.tolist(), Means()
     parity: dict[str, float] = {}
-    skipped = 0
+    skipped, in_a_row = 0, targets.skipped_in_a_row
     plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
     for number, prompts in plan:
         learner.policy_optimizer.zero_grad()
@@ -185,8 +186,11 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
         share = targets.ptx_rows[number :: len(plan)]
         if share and config.ptx_coef > 0:
             add_ptx_gradient(learner.policy, share, config, means)
-        skipped += step(learner, targets, config, means)
-    return metrics(means, skipped) | parity
+        skipped_here = step(learner, targets, config, means)
+        skipped += skipped_here
+        in_a_row = in_a_row + 1 if skipped_here else 0
+    stats = metrics(means, skipped) | parity
+    return stats | {"policy/skipped_in_a_row": float(in_a_row)}
 
 
 def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) -> int:
