@@ -30,7 +30,11 @@ SIZES = Sizes(2, 32, 64, 4, 2, 8, 100, True, 2, 4, 2)
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    return str(save_tiny("llama", tmp_path_factory.mktemp("tiny")))
+    """Its pad token is a token of the rows, as where it is the end of sequence."""
+    folder = save_tiny("llama", tmp_path_factory.mktemp("tiny"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 10}))
+    return str(folder)
 
 
 def small_cases() -> dict[str, Case]:
