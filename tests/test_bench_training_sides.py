@@ -130,6 +130,11 @@ def test_an_iteration_of_the_engine(tiny, stop):
     assert sum(found["phases"].values()) < found["seconds"]
 
 
+def test_an_answer_of_exact_length_is_ended_by_no_token(tiny):
+    assert training_engine.Endless.from_pretrained(tiny, dtype="float32").eos_ids == frozenset()
+    assert training_engine.engine.HybridEngine.from_pretrained(tiny, dtype="float32").eos_ids
+
+
 def test_flop_of_phases_by_hand():
     found = ppo_phases.phase_flop(SIZES, [3, 5], [2, 4])
     attention = 4 * 2 * 32 * (5 * 6 / 2 + 9 * 10 / 2)
