@@ -146,8 +146,7 @@ def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  
     for group in groups:
         segments += range(at + 1, at + 1 + len(group.responses))
         at += 1 + len(group.responses)
-    hidden = transformer.forward(model, batch)
-    return heads.scores(model, transformer.chosen_rows(hidden, last_rows(batch, segments)))
+    return heads.scores(model, transformer.forward(model, batch, rows=last_rows(batch, segments)))
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32

@@ -19,7 +19,8 @@ from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.data.text import Example
 from engine.hybrid import HybridEngine
 from engine.model import transformer
-from engine.model.transformer import Dropout, Model
+from engine.model.dropout import Dropout
+from engine.model.transformer import Model
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, load_sft_data
@@ -143,5 +144,5 @@ def token_logprobs(
     """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
     batch = pack_sequences([row.tokens for row in rows])
     shift = predictions(batch, skip_first=[row.response_start for row in rows])
-    hidden = transformer.chosen_rows(transformer.forward(model, batch, dropout), shift.rows)
+    hidden = transformer.forward(model, batch, dropout, shift.rows)
     return transformer.logprobs(model, hidden, shift.targets, 1.0)

@@ -15,7 +15,7 @@ def lm_loss(model: transformer.Model, rows: Sequence[Sequence[int]]) -> tuple[Te
     """Summed negative log-prob of all tokens after each row's first, and how many there are."""
     batch = pack_sequences(rows)
     shift = predictions(batch)
-    hidden = transformer.chosen_rows(transformer.forward(model, batch), shift.rows)
+    hidden = transformer.forward(model, batch, rows=shift.rows)
     logprob, _ = transformer.logprobs(model, hidden, shift.targets, 1.0)
     return -logprob.sum(), logprob.numel()
 

@@ -124,7 +124,7 @@ def value_backward(
     means: Means,
 ) -> None:
     """Adds the value gradient of one micro-batch."""
-    new_value, _ = answer_values(value, answers)
+    new_value = answer_values(value, answers)
     loss, stats = ops.ppo_value_loss(
         new_value,
         targets.scores.value[rows],
