@@ -16,7 +16,9 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +39,7 @@ from engine.kernels.swiglu import swiglu
 from engine.run.device import to_device
 
 from .architectures import Architecture
+from .checkpointing import Checkpointing, computed_again, made_again, saved_as
 from .dropout import Dropout
 from .rotary import rope_table
 from .storage import Weights
@@ -150,6 +153,7 @@ class _Pass:
     dropout: Dropout | None
     rope_table: Tensor | None  # (P, R)
     act_dtype: torch.dtype
+    selective: bool  # keeps only what is expensive to make again
 
     def norm(self, module: str, x: Tensor) -> Tensor:  # (N, any) -> same, act_dtype
         a, weights = self.model.architecture, self.model.weights
@@ -157,6 +161,11 @@ class _Pass:
         if a.norm == "rmsnorm":
             return rmsnorm(x, weight, a.norm_eps, self.act_dtype)
         return layernorm(x, weight, weights.vector(f"{module}.bias"), a.norm_eps, self.act_dtype)
+
+    def reading_norm(self, module: str, x: Tensor, normed: Tensor) -> AbstractContextManager[object]:
+        """The block's products read ``normed`` = norm(x), which need not be kept beside x."""
+        x = x.detach()
+        return made_again(self.selective, normed, lambda: self.norm(module, x))
 
     def drop(self, x: Tensor, layer: int, sublayer: int, rows: Tensor | None) -> Tensor:
         return x if self.dropout is None else self.dropout(x, layer, sublayer, rows)
@@ -169,6 +178,7 @@ def hidden_states(
     attend: Attend,
     dropout: Dropout | None = None,
     rows: Tensor | None = None,  # (M,) int64, all different, on the model's device
+    checkpointing: Checkpointing = "selective",
 ) -> Tensor:  # (N, H), or (M, H) of ``rows``, act_dtype
     """Hidden states after the final norm, one a token; see the module's docstring for the
     equations. With ``rows``, those of these rows only: the last layer makes keys and values of
@@ -194,9 +204,11 @@ def hidden_states(
     else:
         length = max(SMALLEST_TABLE, 1 << longest.bit_length())
         table = rope_table(a.rope, length, model.device)
-    step = _Pass(model, positions, attend, dropout, table, model.act_dtype)
+    selective, full = checkpointing == "selective", checkpointing == "full"
+    step = _Pass(model, positions, attend, dropout, table, model.act_dtype, selective)
     for layer in range(a.num_layers):
-        x = _block(step, layer, x, rows if layer == a.num_layers - 1 else None)
+        chosen = rows if layer == a.num_layers - 1 else None
+        x = computed_again(full, partial(_block, step, layer, rows=chosen), x)
     return step.norm("norm", x)
 
 
@@ -205,13 +217,15 @@ def forward(
     batch: Packed,
     dropout: Dropout | None = None,
     rows: Tensor | None = None,  # (M,) int64 of the host, in any order, repeated where wanted
+    checkpointing: Checkpointing = "selective",
 ) -> Tensor:  # (N, H), or (M, H) of ``rows``, act_dtype
     """Hidden states of a packed batch: every segment sees itself and, where it has one, its
     prefix. The batch comes from the host.
 
     ``rows``: what is read of them. ``forward(model, batch, rows=rows)`` is ``forward(model,
     batch)[rows]``, to the bit where the model is batch-invariant, without the work on other rows that
-    only the last layer's output would show.
+    only the last layer's output would show. ``checkpointing``: what is kept for the backward; it
+    changes memory and time, no bit.
     """
     cu = to_device(batch.cu_seqlens, model.device)
     prefix = None if batch.prefix is None else to_device(batch.prefix, model.device)
@@ -220,7 +234,9 @@ def forward(
         return attention(q, k, v, cu, prefix)
 
     def hidden(of: Tensor | None) -> Tensor:
-        return hidden_states(model, batch.tokens, batch.positions, attend, dropout, of)
+        return hidden_states(
+            model, batch.tokens, batch.positions, attend, dropout, of, checkpointing
+        )
 
     if rows is None:
         return hidden(None)
@@ -258,11 +274,11 @@ def _block(
     step: _Pass, layer: int, x: Tensor, rows: Tensor | None = None
 ) -> Tensor:  # (N, H) float32 -> same, or (M, H) of ``rows`` (M,)
     name = f"layers.{layer}"
-    mixed = _attention(step, layer, step.norm(f"{name}.input_layernorm", x), rows)
+    mixed = _attention(step, layer, x, rows)
     kept = x if rows is None else x.index_select(0, rows)
     after = kept + step.drop(mixed, layer, 0, rows)
     read = kept if step.model.architecture.parallel_residual else after
-    inner = _mlp(step, f"{name}.mlp", step.norm(f"{name}.post_attention_layernorm", read))
+    inner = _mlp(step, name, read)
     return after + step.drop(inner, layer, 1, rows)
 
 
@@ -270,13 +286,16 @@ def _attention(
     step: _Pass, layer: int, x: Tensor, rows: Tensor | None
 ) -> Tensor:  # (N, H) -> (N, H) float32, or (M, H) of ``rows`` (M,)
     weights, module = step.model.weights, f"layers.{layer}.self_attn"
-    q, k, v = _heads(step, module, x, rows)
-    k, v = (_as_cached(part, step.model.kv_dtype) for part in (k, v))
-    if rows is None:
+    norm, dtype = f"layers.{layer}.input_layernorm", step.model.kv_dtype
+    normed = step.norm(norm, x)
+    with step.reading_norm(norm, x, normed):
+        q, k, v = _heads(step, module, normed, rows)
+    k, v = (_as_cached(part, dtype) for part in (k, v))
+    if rows is not None:  # the kernel has a query for each key; those of no use are 0
+        q = q.new_zeros((len(k), *q.shape[1:])).index_copy(0, rows, q)
+    with saved_as(step.selective, (k, v), dtype):
         out = step.attend(layer, q, k, v)  # (N, Hq, D)
-    else:  # the kernel has a query for each key; those of no use are 0
-        all_q = q.new_zeros((len(k), *q.shape[1:])).index_copy(0, rows, q)
-        out = step.attend(layer, all_q, k, v).index_select(0, rows)  # (M, Hq, D)
+    out = out if rows is None else out.index_select(0, rows)
     (result,) = weights.project(out.flatten(1), (f"{module}.o_proj",), torch.float32)
     return result
 
@@ -325,16 +344,24 @@ def _head_norm(step: _Pass, module: str, heads: Tensor) -> Tensor:  # (N, heads,
     return step.norm(module, heads.flatten(0, 1)).view(heads.shape)
 
 
-def _mlp(step: _Pass, module: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
+def _mlp(step: _Pass, layer: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
     a, weights = step.model.architecture, step.model.weights
-    if a.gated:
-        gate, up = weights.project(x, (f"{module}.gate_proj", f"{module}.up_proj"))
-        inner = swiglu(gate, up)
-    else:
-        (up,) = weights.project(x, (f"{module}.up_proj",))
-        inner = gelu(up, "tanh" if a.activation == "gelu_tanh" else "none")  # (N, F)
-    (result,) = weights.project(inner, (f"{module}.down_proj",), torch.float32)
+    norm, module = f"{layer}.post_attention_layernorm", f"{layer}.mlp"
+    names = ("gate_proj", "up_proj") if a.gated else ("up_proj",)
+    normed = step.norm(norm, x)
+    with step.reading_norm(norm, x, normed):
+        read = weights.project(normed, [f"{module}.{name}" for name in names])
+    activate = partial(_activate, a, tuple(part.detach() for part in read))
+    inner = _activate(a, read)
+    with made_again(step.selective, inner, activate):
+        (result,) = weights.project(inner, (f"{module}.down_proj",), torch.float32)
     return result
+
+
+def _activate(a: Architecture, read: tuple[Tensor, ...]) -> Tensor:  # each (N, F) -> (N, F)
+    if a.gated:
+        return swiglu(read[0], read[1])
+    return gelu(read[0], "tanh" if a.activation == "gelu_tanh" else "none")
 
 
 def _check_range(what: str, ids: Tensor, size: int, limit: str) -> int:
