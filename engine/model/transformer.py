@@ -73,9 +73,7 @@ class Model:
     def act_dtype(self) -> torch.dtype:
         """Dtype of activations between ops: bfloat16 only where the products want bfloat16
         operands, as a GPU's do."""
-        if self.device.type != "cpu" or not kernels_usable():
-            return self.dtype
-        return self.dtype if cpu_class() == "amx" else torch.float32
+        return activation_dtype(self.dtype, self.device)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -132,6 +130,13 @@ class Model:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Puts a ``state()`` back and refreshes."""
         self.weights.load_state(state)
+
+
+def activation_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of activations between ops, in a model whose compute copy is of dtype `storage`."""
+    if device.type != "cpu" or not kernels_usable():
+        return storage
+    return storage if cpu_class() == "amx" else torch.float32
 
 
 AnyModel = TypeVar("AnyModel", bound=Model)

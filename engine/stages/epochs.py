@@ -90,6 +90,7 @@ def run_epochs(
             state = {"tokens_seen": tokens_seen}
             session.save(done, {"model": model.state(), "optimizer": optimizer.state()}, state)
             session.stop_if_asked(done)
+    optimizer.zero_grad()
 
 
 def is_due(done: int, every: int | None, per_epoch: int) -> bool:

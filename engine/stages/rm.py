@@ -21,12 +21,14 @@ from engine.data.pack import cut_by_tokens, last_rows, pack_groups
 from engine.data.rankings import RankedGroup
 from engine.data.tokenizer import load_tokenizer
 from engine.model import heads, transformer
+from engine.model.checkpointing import Checkpointing
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import RMData, load_rm_data
+from engine.stages.inputs import RMData, group_lengths, load_rm_data
+from engine.stages.resources import Machine, describe, epoch_estimator, settle, work_of
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
@@ -34,6 +36,10 @@ def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     set_threads(config.threads)
     tokenizer = load_tokenizer(config.model_name_or_path)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    data = load_rm_data(config, tokenizer, context)
+    machine, work = Machine(config), work_of(data.lengths, config.batch_size)
+    config, chosen = settle(config, machine, work, epoch_estimator(config, machine, "score", work))
     model = scalar_from_policy(
         config.model_name_or_path,
         seed=config.seed,
@@ -41,12 +47,11 @@ def train_reward_model(config: RMConfig) -> Path:
         trainable=True,
         device=config.device,
     )
-    data = load_rm_data(config, tokenizer, model.architecture.max_positions)
     stage = RMStage(config, model, data)
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
     with Session(config, "rm", total_steps(config, len(data.train)), live) as session:
         session.write_config()
-        for line in data.reports:
+        for line in (*data.reports, chosen):
             session.log.event(line)
         run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
         constant = -stage.demonstration_mean()
@@ -70,7 +75,7 @@ class RMStage:
         scores, seen = [torch.empty(0)] * len(groups), []  # read when all is launched
         for cut in self.cuts(groups):
             chosen = [groups[i] for i in cut]
-            score = group_scores(self.model, chosen)
+            score = group_scores(self.model, chosen, self.config.activation_checkpointing)
             ranks = to_device(ranks_of(chosen), score.device)
             cu = to_device(answer_offsets(chosen), score.device)
             loss, _, _ = ops.ranking_loss(score, ranks, cu, self.config.loss_reduction)
@@ -97,8 +102,7 @@ class RMStage:
         return 1 if self.config.loss_reduction == "prompt_mean_allpairs" else int(pairs > 0)
 
     def cuts(self, groups: Sequence[RankedGroup]) -> list[list[int]]:
-        lengths = [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
-        return cut_by_tokens(lengths, self.config.micro_batch_tokens)
+        return cut_by_tokens(group_lengths(groups), self.config.token_budget)
 
     @torch.no_grad()
     def scores(self, groups: Sequence[RankedGroup]) -> list[Tensor]:
@@ -138,7 +142,9 @@ TRAIN_METRICS = (
 )
 
 
-def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,)
+def group_scores(
+    model: ScalarModel, groups: Sequence[RankedGroup], checkpointing: Checkpointing = "selective"
+) -> Tensor:  # (sum of K,)
     """One score an answer: each prompt goes through the network once, each answer once."""
     batch = pack_groups([(g.prompt, g.responses) for g in groups])
     segments: list[int] = []
@@ -146,7 +152,10 @@ def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  
     for group in groups:
         segments += range(at + 1, at + 1 + len(group.responses))
         at += 1 + len(group.responses)
-    return heads.scores(model, transformer.forward(model, batch, rows=last_rows(batch, segments)))
+    rows = last_rows(batch, segments)
+    return heads.scores(
+        model, transformer.forward(model, batch, rows=rows, checkpointing=checkpointing)
+    )
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32

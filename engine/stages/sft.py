@@ -17,13 +17,17 @@ from torch import Tensor
 from engine.config import SFTConfig
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.data.text import Example
+from engine.data.tokenizer import load_tokenizer
 from engine.hybrid import HybridEngine
 from engine.model import transformer
+from engine.model.checkpointing import Checkpointing
 from engine.model.dropout import Dropout
 from engine.model.transformer import Model
+from engine.model.weights import load_policy
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, load_sft_data
+from engine.stages.resources import Machine, describe, epoch_estimator, settle, work_of
 from engine.stages.select import select_checkpoint
 
 
@@ -43,16 +47,19 @@ class Row:
 def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
     set_threads(config.threads)
-    policy = HybridEngine.from_pretrained(
-        config.model_name_or_path, dtype=config.dtype, trainable=True, device=config.device
-    )
-    data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    data = load_sft_data(config, tokenizer, context)
+    machine, work = Machine(config), work_of(data.lengths, config.batch_size, data.longest_prompt)
+    config, chosen = settle(config, machine, work, epoch_estimator(config, machine, "lm_head", work))
+    model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
+    policy = HybridEngine(model, tokenizer)
     stage = SFTStage(config, policy.model, data)
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live) as session:
         session.write_config()
-        for line in data.reports:
+        for line in (*data.reports, chosen):
             session.log.event(line)
         run_epochs(
             session,
@@ -104,11 +111,12 @@ class SFTStage:
         count = sum(row.num_targets for row in batch)
         losses, entropies = [], []  # read when all is launched
         p = self.config.residual_dropout
-        for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.micro_batch_tokens):
+        for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.token_budget):
             chosen = [batch[i] for i in cut]
             segments = tuple((row.address, len(row.tokens)) for row in chosen)
             dropout = Dropout(p, self.config.seed, step, segments) if p > 0 else None
-            logprob, entropy = token_logprobs(self.model, chosen, dropout)
+            keep = self.config.activation_checkpointing
+            logprob, entropy = token_logprobs(self.model, chosen, dropout, keep)
             loss = -logprob.sum() / max(count, 1)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -132,17 +140,20 @@ class SFTStage:
     @torch.no_grad()
     def mean_loss(self, rows: Sequence[Row]) -> float:
         loss, count = 0.0, 0
-        for cut in cut_by_tokens([len(r.tokens) for r in rows], self.config.micro_batch_tokens):
+        for cut in cut_by_tokens([len(r.tokens) for r in rows], self.config.token_budget):
             logprob, _ = token_logprobs(self.model, [rows[i] for i in cut], None)
             loss, count = loss - float(logprob.double().sum()), count + logprob.numel()
         return loss / max(count, 1)
 
 
 def token_logprobs(
-    model: Model, rows: Sequence[Row], dropout: Dropout | None
+    model: Model,
+    rows: Sequence[Row],
+    dropout: Dropout | None,
+    checkpointing: Checkpointing = "selective",
 ) -> tuple[Tensor, Tensor]:  # (M,), (M,)
     """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
     batch = pack_sequences([row.tokens for row in rows])
     shift = predictions(batch, skip_first=[row.response_start for row in rows])
-    hidden = transformer.forward(model, batch, dropout, shift.rows)
+    hidden = transformer.forward(model, batch, dropout, shift.rows, checkpointing)
     return transformer.logprobs(model, hidden, shift.targets, 1.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.data.pack import Packed, Shift, cut_by_tokens, last_rows, pack_groups, predictions
 from engine.model import heads, transformer
+from engine.model.checkpointing import Checkpointing
 from engine.stages.ppo.batch import Rollouts
 
 
@@ -51,19 +52,28 @@ def micro_batches(rollouts: Rollouts, prompts: Sequence[int], budget: int) -> li
 
 
 def answer_logprobs(
-    model: transformer.Model, answers: Answers, temperature: float
+    model: transformer.Model,
+    answers: Answers,
+    temperature: float,
+    checkpointing: Checkpointing = "selective",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each answer token and entropy of the distribution it came from: (M,), (M,) float32.
 
     The same temperature as in sampling: sampled law = scored law.
     """
-    predicting = transformer.forward(model, answers.batch, rows=answers.shift.rows)  # (M, H)
+    predicting = transformer.forward(
+        model, answers.batch, rows=answers.shift.rows, checkpointing=checkpointing
+    )  # (M, H)
     return transformer.logprobs(model, predicting, answers.shift.targets, temperature)
 
 
-def answer_values(model: heads.ScalarModel, answers: Answers) -> Tensor:  # (M,)
+def answer_values(
+    model: heads.ScalarModel, answers: Answers, checkpointing: Checkpointing = "selective"
+) -> Tensor:  # (M,)
     """Value of the state before each answer token."""
-    return heads.scores(model, transformer.forward(model, answers.batch, rows=answers.shift.rows))
+    rows = answers.shift.rows
+    hidden = transformer.forward(model, answers.batch, rows=rows, checkpointing=checkpointing)
+    return heads.scores(model, hidden)
 
 
 def all_values(model: heads.ScalarModel, answers: Answers) -> tuple[Tensor, Tensor]:

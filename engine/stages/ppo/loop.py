@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from engine.config import PPOConfig
+from engine.data.tokenizer import load_tokenizer
 from engine.errors import EngineError
 from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine
 from engine.model.heads import ScalarModel
 from engine.model.transformer import clone
 from engine.model.weights import load_policy, load_scalar, save_scalar, scalar_from_policy
+from engine.run.ema import EMA
 from engine.run.session import Session, peak_memory_gb, set_threads
 from engine.stages.inputs import PPOData, load_ppo_data
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
+from engine.stages.resources import Machine, Work, describe, ppo_estimator, settle, work_of
 
 LIVE = (
     "objective/scores",
@@ -37,20 +38,19 @@ def train_ppo(config: PPOConfig) -> Path:
     """Runs the stage; the final policy is the Hugging Face folder `config.output_dir`, the value model and the
     averaged policy lie in its `value/` and `ema/`."""
     set_threads(config.threads)
-    policy = HybridEngine.from_pretrained(
-        config.model_name_or_path,
-        dtype=config.dtype,
-        trainable=True,
-        limits=Limits(max_active=config.max_active, kv_cache_gb=config.kv_cache_gb),
-        device=config.device,
-    )
-    data = load_ppo_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    data = load_ppo_data(config, tokenizer, context)
+    machine, work = Machine(config), work_of_ppo(config, data)
+    config, chosen = settle(config, machine, work, ppo_estimator(config, machine, work))
+    model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
+    policy = HybridEngine(model, tokenizer, Limits(config.max_active, config.kv_cache_gb))
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
     rewards = load_rewards(config)
     ppo = PPO(policy, initial_value(config, rewards), reference, config)
     with Session(config, "ppo", config.num_iterations, LIVE) as session:
         session.write_config()
-        for line in data.reports:
+        for line in (*data.reports, chosen):
             session.log.event(line)
         restore(session, ppo)
         if ppo.iteration == 0:
@@ -72,13 +72,26 @@ def train_ppo(config: PPOConfig) -> Path:
     return Path(config.output_dir)
 
 
+def work_of_ppo(config: PPOConfig, data: PPOData) -> Work:
+    """Items are prompts with their answers, of at most response_length, and rows of pretraining text."""
+    answers = config.num_samples * config.response_length
+    lengths = [len(p.tokens) + answers for p in data.train]
+    texts = [] if data.ptx is None else [data.ptx.length]
+    held = [len(row) for row in data.eval_ptx]
+    prompts = -(-config.batch_size // config.num_samples)
+    work = work_of(lengths, prompts, data.longest_prompt)
+    rows = round(config.batch_size * config.ptx_per_episode) * sum(texts)
+    longest = max(work.longest, *texts, *held) if texts or held else work.longest
+    return replace(work, longest=longest, step=max(work.step, rows))
+
+
 def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData) -> None:
     """One iteration: draw prompts, answer, reward, train; then the metrics and a few samples."""
     config, iteration, began = ppo.config, ppo.iteration, time.perf_counter()
     prompts = data.draw(config.batch_size // config.num_samples, config.seed, iteration)
     rollouts = ppo.rollout(prompts)
     sampled = time.perf_counter()
-    reward, terms = total_reward(rewards, rollouts, config.micro_batch_tokens)
+    reward, terms = total_reward(rewards, rollouts, config.token_budget)
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
     result = ppo.advance(rollouts, reward, ptx_rows)
@@ -169,14 +182,13 @@ def export(session: Session, ppo: PPO) -> None:
     ppo.policy.save_pretrained(folder)
     save_scalar(ppo.value, folder / "value", tokenizer=ppo.policy.tokenizer)
     if ppo.learner.ema is not None:
-        averaged(ppo, ppo.learner.ema.state(), folder / "ema")
+        save_average(ppo.policy, ppo.learner.ema, folder / "ema")
     session.log.event(f"model: {folder} (value model: value/, averaged policy: ema/)")
 
 
-@torch.no_grad()
-def averaged(ppo: PPO, average: dict[str, Tensor], folder: Path) -> None:
+def save_average(policy: HybridEngine, average: EMA, folder: Path) -> None:
     """Writes the averaged weights as a folder of their own; the policy's own weights come back."""
-    own = {name: tensor.clone() for name, tensor in ppo.policy.model.state().items()}
-    ppo.policy.model.load_state(average)
-    ppo.policy.save_pretrained(folder)
-    ppo.policy.model.load_state(own)
+    with average.swapped():
+        policy.refresh()
+        policy.save_pretrained(folder)
+    policy.refresh()
