@@ -17,6 +17,7 @@ What is kept a token and layer (A bytes an activation, 4 a residual entry; H hid
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from engine.kernels.linear import packed_bytes
 Mode = Literal["none", "selective", "full"]
 Items = Mapping[str, float]
 GB = 1e9
+# Freed tensors that glibc's malloc keeps, as a share of the activations: measured 0.53 and 0.65 (docs/memory.md)
+KEPT_BY_MALLOC = 0.6
+_M_MMAP_THRESHOLD, _MAPPED_APART = -3, 1 << 20
 HEAD_ROWS, HEAD_COLUMNS = 2048, 1056  # of a slab of logits: csrc/cpu/linear_logprob.cpp
 
 
@@ -141,6 +145,9 @@ def working_bytes(a: Sizes, dtypes: Dtypes, mode: Mode) -> int:
     act, hidden, inner = dtypes.activation.itemsize, a.hidden_size, a.intermediate_size
     queries = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     passing = act * (4 * inner + 2 * queries + 2 * hidden) + 4 * 4 * hidden
+    passing += (
+        2 * 4 + 4 * act
+    ) * hidden + act * queries  # rows that are read, the last norm, the head's gradient
     again = kept_bytes(a, dtypes, "none") if mode == "full" else 0
     return passing + again
 
@@ -163,12 +170,31 @@ def head_bytes(a: Sizes, tokens: int) -> float:
     return slab + 2 * 4 * a.vocab_size * a.hidden_size
 
 
+def give_back_freed() -> bool:
+    """From now on a freed tensor of 1 MiB or more goes back to the system at once; says whether the C library can.
+
+    glibc raises the size from which it does so, up to 32 MiB, at each such free: tensors of a layer then lie on heaps
+    with holes between them. Giving them back costs their page faults (docs/memory.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED_APART))
+
+
 def resident_bytes() -> int:
-    """This process's memory now, in bytes (Linux)."""
+    """This process's memory now (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The largest that this process's memory was. `ru_maxrss` would do, but counts the parent's before the exec too."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS line; want a Linux kernel's")
+    raise OSError(f"/proc/self/status has no line {name}; want a Linux kernel's")
 
 
 def available_bytes(

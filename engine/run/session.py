@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -25,7 +24,8 @@ from engine import ops
 from engine.config import RunConfig, to_dict
 from engine.errors import ConfigError
 from engine.kernels.linear import exact_products
-from engine.run import checkpoint
+from engine.run import checkpoint, memory
+from engine.run.flops import Totals
 from engine.run.log import RunLog
 
 
@@ -65,8 +65,8 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_gb() -> float:
-    """The process's largest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """The process's largest resident memory so far, in 10^9 bytes."""
+    return memory.peak_resident_bytes() / memory.GB
 
 
 def set_threads(threads: int | None) -> int:
@@ -98,6 +98,7 @@ class Session:
         refuse_a_used_folder(self.folder, config.resume_from_checkpoint)
         self.stop_requested = False
         self._handlers: dict[int, Any] = {}
+        self.totals = Totals()
         self._products = exact_products(config.exact_logprobs)
         self.log = RunLog(
             self.folder, total_steps=total_steps, live=live, quiet=not config.progress, title=stage
@@ -161,6 +162,11 @@ class Session:
             {**state, "step": step, "stage": self.stage},
             keep=self.config.save_total_limit,
         )
+
+    def say_totals(self) -> None:
+        """At the end: operations, their rate and the padding that packing saved, by phase."""
+        for line in self.totals.lines():
+            self.log.event(line)
 
     def stop_if_asked(self, step: int) -> None:
         """Raises Stopped; call it after saving."""

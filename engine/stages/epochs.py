@@ -15,11 +15,13 @@ from torch.nn import Parameter
 
 from engine.config import EpochConfig
 from engine.data.pack import epoch_steps, step_rows
+from engine.run.flops import Work
 from engine.run.optim import Optimizer, OptimizerConfig
 from engine.run.schedule import cosine_to_floor
 from engine.run.session import Session, peak_memory_gb
 
 TrainStep = Callable[[Sequence[int], int], dict[str, float]]
+WorkOf = Callable[[Sequence[int], int], Work]
 Evaluate = Callable[[], dict[str, float]]
 
 
@@ -43,10 +45,12 @@ def run_epochs(
     model: Trainable,
     num_rows: int,
     train_step: TrainStep,
+    work: WorkOf,
     evaluate: Evaluate,
 ) -> None:
     """Trains `model` in place. `train_step(rows, step)` adds gradients of a loss over the whole batch and returns its
-    metrics; `evaluate()` returns metrics of the validation set (empty without one)."""
+    metrics, `work(rows, step)` counts its operations; `evaluate()` returns metrics of the validation set (empty without
+    one)."""
     adam = OptimizerConfig(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -81,6 +85,7 @@ def run_epochs(
             "perf/tokens_per_s": metrics["num_tokens"] / seconds,
             "perf/peak_memory_gb": peak_memory_gb(),
             "num_tokens": float(tokens_seen),
+            **session.totals.add("training", work(rows, step), seconds),
         }
         if done % config.logging_steps == 0 or done == total:
             session.log.metrics(done, metrics)

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 import yaml
+from torch.nn import Parameter
 
 from engine.config import PPOConfig, RunConfig, SFTConfig
 from engine.errors import ConfigError
@@ -35,6 +36,7 @@ from engine.model.weights import resolve_dtype, resolve_folder
 from engine.run import memory
 from engine.run.device import choose_device
 from engine.run.memory import GB, Dtypes, Estimate
+from engine.run.optim import Optimizer
 
 ACTIVATION_SHARE = 0.5  # of what weights, gradients and moments leave
 MOST_TOKENS = 4096  # longer micro-batches are no faster
@@ -56,7 +58,7 @@ class Described:
 
 
 @dataclass(frozen=True)
-class Work:
+class Load:
     """Tokens of the items that micro-batches are made of."""
 
     longest: int  # one item: no micro-batch is smaller
@@ -64,9 +66,9 @@ class Work:
     prompt: int = 0  # the longest prompt that is sampled for
 
 
-def work_of(lengths: Sequence[int], items: int, prompt: int = 0) -> Work:
+def load_of(lengths: Sequence[int], items: int, prompt: int = 0) -> Load:
     """Of `items` items a step, with these lengths."""
-    return Work(max(lengths, default=1), max(sum(heapq.nlargest(items, lengths)), 1), prompt)
+    return Load(max(lengths, default=1), max(sum(heapq.nlargest(items, lengths)), 1), prompt)
 
 
 def describe(folder: str, head: Head) -> Described:
@@ -82,6 +84,12 @@ class Machine:
         storage = resolve_dtype(config.dtype, self.device)
         self.dtypes = Dtypes(storage, activation_dtype(storage, self.device))
         self.packed = self.device.type == "cpu" and kernels_usable()
+        # a first optimizer imports torch's compiler, 145 MB, which is this process's too
+        Optimizer({"": Parameter(torch.zeros(1))})
+        given_back = self.device.type != "cpu"
+        if config.peak_memory_gb is not None and not given_back:
+            given_back = memory.give_back_freed()
+        self.kept_share = 0.0 if given_back else memory.KEPT_BY_MALLOC
         self.held, self.free = held_and_free(self.device)
 
     def frozen(self, model: Described) -> float:
@@ -93,7 +101,11 @@ class Machine:
 
     def activations(self, a: Architecture, tokens: int, mode: Checkpointing) -> dict[str, float]:
         kept = memory.token_bytes(a, self.dtypes, mode) * tokens
-        return {"activations": float(kept), "head": memory.head_bytes(a, tokens)}
+        return {
+            "activations": float(kept),
+            "head": memory.head_bytes(a, tokens),
+            "freed and kept by malloc": self.kept_share * kept,
+        }
 
 
 def held_and_free(device: torch.device) -> tuple[int, int]:
@@ -103,19 +115,21 @@ def held_and_free(device: torch.device) -> tuple[int, int]:
     return 0, int(torch.cuda.mem_get_info(device)[0])
 
 
-def epoch_estimator(config: RunConfig, machine: Machine, head: Head, work: Work) -> Estimator:
+def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load) -> Estimator:
     """Of SFT (head "lm_head") and the reward model (head "score")."""
     model = describe(config.model_name_or_path, head)
     weights = {"process": float(machine.held), **machine.trained(model)}
     gradients = 4.0 * memory.parameters(model.specs)
 
     def estimate(tokens: int, mode: Checkpointing, cache_gb: float) -> Estimate:
-        used = machine.activations(model.architecture, min(tokens, work.step), mode)
-        phases = {"trains": {**weights, "gradients": gradients, **used}}
+        used = machine.activations(model.architecture, min(tokens, load.step), mode)
+        # with one micro-batch a step, gradients come as activations go
+        there = gradients if tokens < load.step else max(0.0, gradients - used["activations"])
+        phases = {"trains": {**weights, "gradients": there, **used}}
         if isinstance(config, SFTConfig) and config.select_by_reward_model:
             scorer = machine.frozen(describe(config.select_by_reward_model, "score"))
             cache = cache_bytes(
-                model.architecture, machine, work, Limits(), 1, config.select_response_length
+                model.architecture, machine, load, Limits(), 1, config.select_response_length
             )
             phases["selects"] = {**weights, "reward model": scorer, "cache": cache}
         return Estimate(phases)
@@ -123,7 +137,7 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, work: Work)
     return estimate
 
 
-def ppo_estimator(config: PPOConfig, machine: Machine, work: Work) -> Estimator:
+def ppo_estimator(config: PPOConfig, machine: Machine, load: Load) -> Estimator:
     """Of PPO: policy, value model, reference and reward models, all at once."""
     policy = describe(config.model_name_or_path, "lm_head")
     folders = [source.source for source in config.rewards if ":" not in source.source]
@@ -139,20 +153,23 @@ def ppo_estimator(config: PPOConfig, machine: Machine, work: Work) -> Estimator:
         weights |= {f"{owner} {name}": bytes_ for name, bytes_ in items.items()}
     weights["reference"] = machine.frozen(policy)
     weights["reward models"] = sum(machine.frozen(describe(f, "score")) for f in folders)
-    gradients = 4.0 * (memory.parameters(policy.specs) + memory.parameters(value.specs))
+    first, second = (4.0 * memory.parameters(m.specs) for m in (policy, value))
     mixed = config.ptx_dataset_name is not None and config.ptx_coef > 0
     apart = 4.0 * memory.parameters(policy.specs) * mixed
 
     def estimate(tokens: int, mode: Checkpointing, cache_gb: float) -> Estimate:
-        count = min(tokens, work.step)
+        count = min(tokens, load.step)
         larger = max(
             (policy, value), key=lambda m: memory.token_bytes(m.architecture, machine.dtypes, mode)
         )
+        one = (
+            tokens >= load.step and not mixed
+        )  # micro-batch: the second's gradients come as its activations go
         used = machine.activations(larger.architecture, count, mode)
         scored = memory.scored_token_bytes(policy.architecture, machine.dtypes) * count
         limits = Limits(config.max_active, cache_gb)
         cache = cache_bytes(
-            policy.architecture, machine, work, limits, config.num_samples, config.response_length
+            policy.architecture, machine, load, limits, config.num_samples, config.response_length
         )
         return Estimate(
             {
@@ -160,7 +177,7 @@ def ppo_estimator(config: PPOConfig, machine: Machine, work: Work) -> Estimator:
                 "scores": {**weights, "activations": float(scored)},
                 "trains": {
                     **weights,
-                    "gradients": gradients,
+                    "gradients": first + (0.0 if one else second),
                     "gradients of the two terms apart": apart,
                     **used,
                 },
@@ -171,23 +188,23 @@ def ppo_estimator(config: PPOConfig, machine: Machine, work: Work) -> Estimator:
 
 
 def cache_bytes(
-    a: Architecture, machine: Machine, work: Work, limits: Limits, samples: int, new_tokens: int
+    a: Architecture, machine: Machine, load: Load, limits: Limits, samples: int, new_tokens: int
 ) -> float:
     """Of the cache: what the running sequences need at most, up to the limit."""
-    need = pages_needed(max(work.prompt, 1), new_tokens, PAGE)
+    need = pages_needed(max(load.prompt, 1), new_tokens, PAGE)
     pages = limits.max_active * need.total + need.prompt
     page = page_bytes(a.num_layers, a.num_kv_heads, a.head_dim, machine.dtypes.storage)
     least = need.alone(samples) * page
     return float(max(least, min(pages * page, limits.kv_cache_gb * GB)))
 
 
-def candidates(work: Work) -> list[int]:
+def candidates(load: Load) -> list[int]:
     """Numbers of tokens to try, the largest first; the last is the longest item."""
-    top = max(min(MOST_TOKENS, -(-work.step // STEP) * STEP), work.longest)
-    return [*range(top, work.longest, -STEP), work.longest]
+    top = max(min(MOST_TOKENS, -(-load.step // STEP) * STEP), load.longest)
+    return [*range(top, load.longest, -STEP), load.longest]
 
 
-def settle(config: Config, machine: Machine, work: Work, estimate: Estimator) -> tuple[Config, str]:
+def settle(config: Config, machine: Machine, load: Load, estimate: Estimator) -> tuple[Config, str]:
     """The config with every choice made, and a line that says so.
 
     Raises:
@@ -196,7 +213,7 @@ def settle(config: Config, machine: Machine, work: Work, estimate: Estimator) ->
     config = as_begun(config)
     cache_gb = config.kv_cache_gb if isinstance(config, PPOConfig) else 0.0
     given = config.micro_batch_tokens
-    tries = [given] if given is not None else candidates(work)
+    tries = [given] if given is not None else candidates(load)
     mode: Checkpointing = config.activation_checkpointing
     if config.peak_memory_gb is None:
         tokens = (
@@ -230,8 +247,9 @@ def by_share(
     """The most tokens whose activations take no more than their share of what the rest leaves."""
     for tokens in tries:
         items = estimate(tokens, mode, cache_gb).phases["trains"]
-        rest = sum(items.values()) - items["activations"] - items["process"]
-        if items["activations"] <= ACTIVATION_SHARE * (machine.free - rest):
+        used = items["activations"] + items["freed and kept by malloc"]
+        rest = sum(items.values()) - used - items["process"]
+        if used <= ACTIVATION_SHARE * (machine.free - rest):
             return tokens
     return tries[-1]
 

@@ -25,10 +25,11 @@ from engine.model.checkpointing import Checkpointing
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
+from engine.run.flops import Work, forward_flops, grouped, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import RMData, group_lengths, load_rm_data
-from engine.stages.resources import Machine, describe, epoch_estimator, settle, work_of
+from engine.stages.resources import Machine, describe, epoch_estimator, load_of, settle
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
@@ -38,8 +39,8 @@ def train_reward_model(config: RMConfig) -> Path:
     tokenizer = load_tokenizer(config.model_name_or_path)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     data = load_rm_data(config, tokenizer, context)
-    machine, work = Machine(config), work_of(data.lengths, config.batch_size)
-    config, chosen = settle(config, machine, work, epoch_estimator(config, machine, "score", work))
+    machine, load = Machine(config), load_of(data.lengths, config.batch_size)
+    config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "score", load))
     model = scalar_from_policy(
         config.model_name_or_path,
         seed=config.seed,
@@ -53,12 +54,13 @@ def train_reward_model(config: RMConfig) -> Path:
         session.write_config()
         for line in (*data.reports, chosen):
             session.log.event(line)
-        run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
+        run_epochs(session, config, model, len(data.train), stage.train_step, stage.work, stage.evaluate)
         constant = -stage.demonstration_mean()
         model = model.with_constant(model.constant + constant)
         session.log.event(f"constant {constant:+.4f}: demonstrations now score 0 on average")
         save_scalar(model, config.output_dir, tokenizer=tokenizer)
         session.log.event(f"model: {config.output_dir}")
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -93,6 +95,15 @@ class RMStage:
             "num_tokens": float(tokens),
             **{name: metrics[name] for name in TRAIN_METRICS if name in metrics},
         }
+
+    def work(self, rows: Sequence[int], step: int) -> Work:
+        """Of a step: three forwards' operations; padded, each answer is a row that repeats its prompt."""
+        groups, a = [self.data.train[i] for i in rows], self.model.architecture
+        answers = [[len(r) for r in g.responses] for g in groups]
+        segments = grouped([len(g.prompt) for g in groups], answers)
+        whole = [len(g.prompt) + len(r) for g in groups for r in g.responses]
+        forward = forward_flops(a, segments, len(whole), 1)
+        return Work(3 * forward, sum(group_lengths(groups)), padded_tokens(whole))
 
     def weight(self, group: RankedGroup) -> int:
         """What a prompt counts for in the loss's mean: the reduction's own denominator."""

@@ -24,10 +24,11 @@ from engine.model.checkpointing import Checkpointing
 from engine.model.dropout import Dropout
 from engine.model.transformer import Model
 from engine.model.weights import load_policy
+from engine.run.flops import Work, forward_flops, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, load_sft_data
-from engine.stages.resources import Machine, describe, epoch_estimator, settle, work_of
+from engine.stages.resources import Machine, describe, epoch_estimator, load_of, settle
 from engine.stages.select import select_checkpoint
 
 
@@ -50,8 +51,8 @@ def train_sft(config: SFTConfig) -> Path:
     tokenizer = load_tokenizer(config.model_name_or_path)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     data = load_sft_data(config, tokenizer, context)
-    machine, work = Machine(config), work_of(data.lengths, config.batch_size, data.longest_prompt)
-    config, chosen = settle(config, machine, work, epoch_estimator(config, machine, "lm_head", work))
+    machine, load = Machine(config), load_of(data.lengths, config.batch_size, data.longest_prompt)
+    config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "lm_head", load))
     model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
     policy = HybridEngine(model, tokenizer)
     stage = SFTStage(config, policy.model, data)
@@ -67,12 +68,14 @@ def train_sft(config: SFTConfig) -> Path:
             policy.model,
             stage.num_demonstrations_rows,
             stage.train_step,
+            stage.work,
             stage.evaluate,
         )
         if config.select_by_reward_model:
             select_checkpoint(session, config, policy, data.eval_prompts())
         policy.save_pretrained(config.output_dir)
         session.log.event(f"model: {config.output_dir}")
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -126,6 +129,14 @@ class SFTStage:
             "entropy": sum(map(float, entropies), 0.0) / max(count, 1),
             "num_tokens": float(sum(len(row.tokens) for row in batch)),
         }
+
+    def work(self, rows: Sequence[int], step: int) -> Work:
+        """Of a step: three forwards' operations, and rows as long as the longest."""
+        batch, a = self.batch(rows, step), self.model.architecture
+        lengths = [len(row.tokens) for row in batch]
+        targets = sum(row.num_targets for row in batch)
+        forward = forward_flops(a, [(0, n) for n in lengths], targets, a.vocab_size)
+        return Work(3 * forward, sum(lengths), padded_tokens(lengths))
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the validation demonstrations and, in the RL-init variant, on held-out text."""

@@ -20,9 +20,10 @@ from engine.run.session import Session, peak_memory_gb, set_threads
 from engine.stages.inputs import PPOData, load_ppo_data
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
+from engine.stages.ppo.flops import iteration_work
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
-from engine.stages.resources import Machine, Work, describe, ppo_estimator, settle, work_of
+from engine.stages.resources import Load, Machine, describe, load_of, ppo_estimator, settle
 
 LIVE = (
     "objective/scores",
@@ -41,8 +42,8 @@ def train_ppo(config: PPOConfig) -> Path:
     tokenizer = load_tokenizer(config.model_name_or_path)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     data = load_ppo_data(config, tokenizer, context)
-    machine, work = Machine(config), work_of_ppo(config, data)
-    config, chosen = settle(config, machine, work, ppo_estimator(config, machine, work))
+    machine, load = Machine(config), load_of_ppo(config, data)
+    config, chosen = settle(config, machine, load, ppo_estimator(config, machine, load))
     model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
     policy = HybridEngine(model, tokenizer, Limits(config.max_active, config.kv_cache_gb))
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
@@ -69,20 +70,21 @@ def train_ppo(config: PPOConfig) -> Path:
                 session.save(done, *ppo.state())
                 session.stop_if_asked(done)
         export(session, ppo)
+        session.say_totals()
     return Path(config.output_dir)
 
 
-def work_of_ppo(config: PPOConfig, data: PPOData) -> Work:
+def load_of_ppo(config: PPOConfig, data: PPOData) -> Load:
     """Items are prompts with their answers, of at most response_length, and rows of pretraining text."""
     answers = config.num_samples * config.response_length
     lengths = [len(p.tokens) + answers for p in data.train]
     texts = [] if data.ptx is None else [data.ptx.length]
     held = [len(row) for row in data.eval_ptx]
     prompts = -(-config.batch_size // config.num_samples)
-    work = work_of(lengths, prompts, data.longest_prompt)
+    load = load_of(lengths, prompts, data.longest_prompt)
     rows = round(config.batch_size * config.ptx_per_episode) * sum(texts)
-    longest = max(work.longest, *texts, *held) if texts or held else work.longest
-    return replace(work, longest=longest, step=max(work.step, rows))
+    longest = max(load.longest, *texts, *held) if texts or held else load.longest
+    return replace(load, longest=longest, step=max(load.step, rows))
 
 
 def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData) -> None:
@@ -98,6 +100,11 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     stats = dict(result.stats)
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
     stats |= timing(rollouts, ptx_rows, began, sampled, rewarded, stats)
+    models = [reward.model for reward in rewards if reward.model is not None]
+    for phase, work in iteration_work(
+        ppo.policy.model, ppo.value, models, rollouts, ptx_rows, config
+    ).items():
+        stats |= session.totals.add(phase, work, stats[f"timing/{phase}"])
     stats |= {"episode": float(ppo.iteration * config.batch_size)}
     check_parity(config, stats)
     done = ppo.iteration
