@@ -152,9 +152,10 @@ def working_bytes(a: Sizes, dtypes: Dtypes, mode: Mode) -> int:
     return passing + again
 
 
-def token_bytes(a: Sizes, dtypes: Dtypes, mode: Mode) -> int:
-    """A token of a micro-batch that is trained on."""
-    return a.num_layers * kept_bytes(a, dtypes, mode) + working_bytes(a, dtypes, mode)
+def token_bytes(a: Sizes, dtypes: Dtypes, mode: Mode, few_rows: bool = False) -> int:
+    """A token of a micro-batch that is trained on. `few_rows`: the last layer's output is read at a few rows only."""
+    layers = a.num_layers - few_rows
+    return layers * kept_bytes(a, dtypes, mode) + working_bytes(a, dtypes, mode)
 
 
 def scored_token_bytes(a: Sizes, dtypes: Dtypes) -> int:
@@ -164,10 +165,11 @@ def scored_token_bytes(a: Sizes, dtypes: Dtypes) -> int:
     return 4 * 3 * hidden + act * (hidden + 3 * inner + 2 * queries)
 
 
-def head_bytes(a: Sizes, tokens: int) -> float:
-    """A slab of the logits' gradients, and two gradients of the vocabulary's matrix: the head's and the table's."""
-    slab = 4.0 * min(tokens, HEAD_ROWS) * HEAD_COLUMNS
-    return slab + 2 * 4 * a.vocab_size * a.hidden_size
+def head_bytes(a: Sizes, tokens: int, scalar: bool) -> float:
+    """A slab of the logits' gradients, and the gradients of the vocabulary's matrix: the head's and the table's.
+    `scalar`: the head has one row, and the table's is all."""
+    table = 4.0 * a.vocab_size * a.hidden_size
+    return table if scalar else 2 * table + 4 * min(tokens, HEAD_ROWS) * HEAD_COLUMNS
 
 
 def give_back_freed() -> bool:

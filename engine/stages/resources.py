@@ -99,11 +99,14 @@ class Machine:
         copy = memory.copy_bytes(model.specs, self.dtypes.storage, True, self.packed)
         return {**memory.training_bytes(model.specs, averaged), "compute copy": copy}
 
-    def activations(self, a: Architecture, tokens: int, mode: Checkpointing) -> dict[str, float]:
-        kept = memory.token_bytes(a, self.dtypes, mode) * tokens
+    def activations(
+        self, a: Architecture, tokens: int, mode: Checkpointing, ranking: bool = False
+    ) -> dict[str, float]:
+        """Of a micro-batch; `ranking`: of the reward model, which reads an answer's last row only."""
+        kept = memory.token_bytes(a, self.dtypes, mode, ranking) * tokens
         return {
             "activations": float(kept),
-            "head": memory.head_bytes(a, tokens),
+            "head": memory.head_bytes(a, tokens, ranking),
             "freed and kept by malloc": self.kept_share * kept,
         }
 
@@ -122,7 +125,9 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load)
     gradients = 4.0 * memory.parameters(model.specs)
 
     def estimate(tokens: int, mode: Checkpointing, cache_gb: float) -> Estimate:
-        used = machine.activations(model.architecture, min(tokens, load.step), mode)
+        used = machine.activations(
+            model.architecture, min(tokens, load.step), mode, head == "score"
+        )
         # with one micro-batch a step, gradients come as activations go
         there = gradients if tokens < load.step else max(0.0, gradients - used["activations"])
         phases = {"trains": {**weights, "gradients": there, **used}}
