@@ -134,7 +134,13 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load)
         if isinstance(config, SFTConfig) and config.select_by_reward_model:
             scorer = machine.frozen(describe(config.select_by_reward_model, "score"))
             cache = cache_bytes(
-                model.architecture, machine, load, Limits(), 1, config.select_response_length
+                model.architecture,
+                machine,
+                load,
+                Limits().max_active,
+                Limits().kv_cache_gb,
+                1,
+                config.select_response_length,
             )
             phases["selects"] = {**weights, "reward model": scorer, "cache": cache}
         return Estimate(phases)
@@ -172,9 +178,14 @@ def ppo_estimator(config: PPOConfig, machine: Machine, load: Load) -> Estimator:
         )  # micro-batch: the second's gradients come as its activations go
         used = machine.activations(larger.architecture, count, mode)
         scored = memory.scored_token_bytes(policy.architecture, machine.dtypes) * count
-        limits = Limits(config.max_active, cache_gb)
         cache = cache_bytes(
-            policy.architecture, machine, load, limits, config.num_samples, config.response_length
+            policy.architecture,
+            machine,
+            load,
+            config.max_active,
+            cache_gb,
+            config.num_samples,
+            config.response_length,
         )
         return Estimate(
             {
@@ -193,14 +204,20 @@ def ppo_estimator(config: PPOConfig, machine: Machine, load: Load) -> Estimator:
 
 
 def cache_bytes(
-    a: Architecture, machine: Machine, load: Load, limits: Limits, samples: int, new_tokens: int
+    a: Architecture,
+    machine: Machine,
+    load: Load,
+    max_active: int,
+    limit_gb: float,
+    samples: int,
+    new_tokens: int,
 ) -> float:
     """Of the cache: what the running sequences need at most, up to the limit."""
     need = pages_needed(max(load.prompt, 1), new_tokens, PAGE)
-    pages = limits.max_active * need.total + need.prompt
+    pages = max_active * need.total + need.prompt
     page = page_bytes(a.num_layers, a.num_kv_heads, a.head_dim, machine.dtypes.storage)
     least = need.alone(samples) * page
-    return float(max(least, min(pages * page, limits.kv_cache_gb * GB)))
+    return float(max(least, min(pages * page, limit_gb * GB)))
 
 
 def candidates(load: Load) -> list[int]:
