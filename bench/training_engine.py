@@ -46,6 +46,7 @@ from engine.stages.rm import RMStage, answer_offsets, ranks_of
 from engine.stages.sft import SFTStage
 
 NOWHERE = "not written to"  # a config wants an output_dir; no stage is run whole here
+TOKENS = 4096  # of a micro-batch: the default where memory is plenty
 
 
 def clear(model: Model) -> None:
@@ -149,6 +150,7 @@ def ppo_config(side: Side) -> engine.PPOConfig:
         model_name_or_path=side.args.model,
         reward_model_path=side.args.model,  # its trunk, with a new head, as TRL's
         output_dir=NOWHERE,
+        micro_batch_tokens=TOKENS,
         batch_size=len(side.work["prompts"]),
         num_mini_batches=1,
         num_ppo_epochs=1,
@@ -178,7 +180,7 @@ def ppo(side: Side, lines: Iterator[Order]) -> None:
 
     def iteration() -> tuple[Rollouts, dict[str, float]]:
         rollouts = trainer.rollout(side.work["prompts"])
-        score, _ = total_reward(sources, rollouts, config.micro_batch_tokens)
+        score, _ = total_reward(sources, rollouts, config.token_budget)
         return rollouts, trainer.step(rollouts, score)
 
     for order in lines:
@@ -241,18 +243,21 @@ def ppo_update(side: Side, lines: Iterator[Order]) -> None:
     policy = load_policy(given.model, given.dtype, trainable=True)
     value = scalar_from_policy(given.model, work["seed"], given.dtype, trainable=True)
     config = engine.PPOConfig(
-        model_name_or_path=given.model, reward_model_path=given.model, output_dir=NOWHERE
+        model_name_or_path=given.model,
+        reward_model_path=given.model,
+        output_dir=NOWHERE,
+        micro_batch_tokens=TOKENS,
     )
     rollouts = given_episodes(work)
     advantages = Advantages(*(torch.tensor(work[n]).flatten() for n in ("advantage", "returns")))
-    scores = own_scores(policy, value, rollouts, config.micro_batch_tokens)
+    scores = own_scores(policy, value, rollouts, config.token_budget)
     targets = update.Targets(rollouts, scores, advantages, (), 0.0, 0.0, 0)
     count, cu = sum(rollouts.lengths), rollouts.cu.tolist()
     ready(side)
 
     def backward(episodes: int) -> update.Means:
         means = update.Means()
-        for answers in micro_batches(rollouts, range(episodes), config.micro_batch_tokens):
+        for answers in micro_batches(rollouts, range(episodes), config.token_budget):
             rows = update.token_rows(cu, answers)
             update.policy_backward(policy, targets, answers, rows, count, config, means)
             update.value_backward(value, targets, answers, rows, count, config, means)

@@ -15,7 +15,8 @@ from engine.errors import CheckpointError, ConfigError
 # last bits of a sum on some machines, no sample). Data sets are compared by what is in them, not by where they lie.
 WITHOUT_EFFECT = frozenset(
     {"output_dir", "resume_from_checkpoint", "allow_config_change", "progress", "threads",
-     "micro_batch_tokens", "max_active", "kv_cache_gb", "save_steps", "save_total_limit", "save_samples",
+     "micro_batch_tokens", "activation_checkpointing", "peak_memory_gb", "max_active", "kv_cache_gb",
+     "save_steps", "save_total_limit", "save_samples",
      "logging_steps", "eval_steps", "max_skipped_steps", "reward_timeout_s",
      "data_dir", "dataset_name", "dataset_config", "dataset_train_split", "dataset_mixture",
      "eval_dataset_name", "dataset_test_split", "ptx_dataset_name", "eval_ptx_dataset_name",

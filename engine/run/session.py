@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,8 @@ from engine import ops
 from engine.config import RunConfig, to_dict
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.kernels.linear import exact_products
-from engine.run import checkpoint, files
+from engine.run import checkpoint, files, memory
+from engine.run.flops import Totals
 from engine.run.log import RunLog
 from engine.run.resume import check_same_run, with_effect
 from engine.run.saver import Saver
@@ -67,8 +67,8 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_gb() -> float:
-    """The process's largest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """The process's largest resident memory so far, in 10^9 bytes."""
+    return memory.peak_resident_bytes() / memory.GB
 
 
 def set_threads(threads: int | None) -> int:
@@ -102,6 +102,7 @@ class Session:
         self.stop_requested = False
         self._handlers: dict[int, Any] = {}
         self._lock = files.FolderLock(self.folder)
+        self.totals = Totals()
         self._products = exact_products(config.exact_logprobs)
         self._saver = Saver(self.folder, config.save_total_limit)
         self._inputs: dict[str, str] = {}
@@ -240,6 +241,11 @@ class Session:
         """Until the last checkpoint is on the disk. Raises `OutputError` when it could not be written."""
         self._saver.wait()
         self._tell_saved()
+
+    def say_totals(self) -> None:
+        """At the end: operations, their rate and the padding that packing saved, by phase."""
+        for line in self.totals.lines():
+            self.log.event(line)
 
     def stop_if_asked(self, step: int) -> None:
         """Raises Stopped when the state of `step` is on the disk; call it after saving."""

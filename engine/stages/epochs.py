@@ -19,11 +19,13 @@ from engine.data.pack import epoch_steps, step_rows
 from engine.errors import EngineError
 from engine.model.storage import Weights
 from engine.run.checkpoint import Checkpoint
+from engine.run.flops import Work
 from engine.run.optim import Optimizer, OptimizerConfig, StepResult
 from engine.run.schedule import cosine_to_floor
 from engine.run.session import Session, peak_memory_gb
 
 TrainStep = Callable[[Sequence[int], int], dict[str, float]]
+WorkOf = Callable[[Sequence[int], int], Work]
 Evaluate = Callable[[], dict[str, float]]
 
 
@@ -48,10 +50,12 @@ def run_epochs(
     model: Trainable,
     num_rows: int,
     train_step: TrainStep,
+    work: WorkOf,
     evaluate: Evaluate,
 ) -> None:
     """Trains `model` in place. `train_step(rows, step)` adds gradients of a loss over the whole batch and returns its
-    metrics; `evaluate()` returns metrics of the validation set (empty without one)."""
+    metrics, `work(rows, step)` counts its operations; `evaluate()` returns metrics of the validation set (empty without
+    one)."""
     optimizer = Optimizer(model.parameters(), adam_settings(config), model.weights)
     per_epoch, total = epoch_steps(num_rows, config.batch_size), total_steps(config, num_rows)
     found = session.resume()
@@ -81,6 +85,7 @@ def run_epochs(
             "perf/tokens_per_s": metrics["num_tokens"] / seconds,
             "perf/peak_memory_gb": peak_memory_gb(),
             "num_tokens": float(tokens_seen),
+            **session.totals.add("training", work(rows, step), seconds),
         }
         if done % config.logging_steps == 0 or done == total:
             session.log.metrics(done, metrics)
@@ -96,6 +101,7 @@ def run_epochs(
             session.wait_for_save()
             raise stuck_error(done, in_a_row)
         session.stop_if_asked(done)
+    optimizer.zero_grad()
 
 
 def adam_settings(config: RunConfig) -> OptimizerConfig:

@@ -32,6 +32,17 @@ class SFTData:
     eval_ptx: Sequence[Sequence[int]]
     reports: tuple[str, ...]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row that may be in a batch."""
+        texts = [self.ptx.length] if self.ptx is not None else []
+        held = [len(row) for row in self.eval_ptx]
+        return [len(row.tokens) for row in (*self.train, *self.validation)] + texts + held
+
+    @property
+    def longest_prompt(self) -> int:
+        return max((row.prompt_length for row in (*self.train, *self.validation)), default=0)
+
     def eval_prompts(self) -> list[Prompt]:
         """The prompts of the validation demonstrations (of the training ones without validation)."""
         rows = [row for row in self.validation or self.train if row.prompt_length > 0]
@@ -50,6 +61,11 @@ class RMData:
     demonstrations: Sequence[RankedGroup]
     reports: tuple[str, ...]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt with its answers."""
+        return group_lengths([*self.train, *self.validation, *self.demonstrations])
+
 
 @dataclass(frozen=True)
 class PPOData:
@@ -61,6 +77,10 @@ class PPOData:
     eval_ptx: Sequence[Sequence[int]]
     reports: tuple[str, ...]
 
+    @property
+    def longest_prompt(self) -> int:
+        return max((len(p.tokens) for p in (*self.train, *self.eval_prompts)), default=0)
+
     def draw(self, count: int, seed: int, iteration: int) -> list[Prompt]:
         """The prompts of an iteration: passes over all of them, each in its own random order."""
         rows = step_rows(len(self.train), count, seed, iteration, wrap=True)
@@ -71,6 +91,11 @@ class PPOData:
         if self.ptx is None:
             return []
         return self.ptx.rows(range(iteration * count, (iteration + 1) * count))
+
+
+def group_lengths(groups: Sequence[RankedGroup]) -> list[int]:
+    """Tokens of each prompt with its answers."""
+    return [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
 
 
 def located(config: RunConfig, path: str) -> str:

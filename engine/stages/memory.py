@@ -16,9 +16,12 @@ from engine.errors import EngineError
 from engine.model.architectures import Architecture, read_architecture
 from engine.model.folder import read_json
 from engine.model.names import Head, parameter_specs
+from engine.model.transformer import activation_dtype
 from engine.model.weights import resolve_dtype, resolve_folder
 from engine.run.device import choose_device
+from engine.run.memory import Dtypes, token_bytes
 from engine.stages.inputs import model_folders
+from engine.stages.resources import MOST_TOKENS
 
 SHOWN = 5
 ALLOCATORS = re.compile(
@@ -43,9 +46,11 @@ def count_parameters(a: Architecture, head: Head) -> int:
 
 
 def memory_items(config: RunConfig) -> list[tuple[str, float]]:
-    """(what, bytes) of the large things that a run holds, the largest first. Activations are a rough guess."""
+    """(what, bytes) of the large things that a run holds, the largest first."""
     a = read_sizes(config.model_name_or_path)
-    storage = resolve_dtype(config.dtype, choose_device(config.device)).itemsize
+    device = choose_device(config.device)
+    stored = resolve_dtype(config.dtype, device)
+    storage = stored.itemsize
     is_ppo = isinstance(config, PPOConfig)
     trained = count_parameters(a, "lm_head" if is_ppo or isinstance(config, SFTConfig) else "score")
     frozen = 0
@@ -62,12 +67,9 @@ def memory_items(config: RunConfig) -> list[tuple[str, float]]:
         if isinstance(config, PPOConfig) and config.ema_decay
         else 0.0
     )
-    activations = (
-        config.micro_batch_tokens
-        * a.num_layers
-        * (10 * a.hidden_size + 3 * a.intermediate_size)
-        * 4.0
-    )
+    tokens = config.micro_batch_tokens or MOST_TOKENS
+    dtypes = Dtypes(stored, activation_dtype(stored, device))
+    activations = float(token_bytes(a, dtypes, config.activation_checkpointing) * tokens)
     items = [
         ("masters of the trained weights (float32)", 4.0 * trained),
         ("gradients", 4.0 * trained),
@@ -80,14 +82,18 @@ def memory_items(config: RunConfig) -> list[tuple[str, float]]:
             "keys and values while sampling",
             config.kv_cache_gb * 1e9 if isinstance(config, PPOConfig) else 0.0,
         ),
-        (f"activations of {config.micro_batch_tokens} tokens, roughly", activations),
+        (f"activations of up to {tokens} tokens", activations),
     ]
     return sorted((item for item in items if item[1]), key=lambda item: -item[1])
 
 
 def helpful_flags(config: RunConfig) -> list[str]:
     """Flags that lower memory, with what they are now. None but the last two changes a run's result."""
-    flags = [f"--micro_batch_tokens (now {config.micro_batch_tokens})"]
+    flags = [
+        f"--micro_batch_tokens (now {config.micro_batch_tokens or 'by the memory there is'})",
+        f"--activation_checkpointing full (now {config.activation_checkpointing})",
+        "--peak_memory_gb, which chooses both",
+    ]
     if isinstance(config, PPOConfig):
         flags += [
             f"--kv_cache_gb (now {config.kv_cache_gb:g})",

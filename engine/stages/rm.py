@@ -21,13 +21,16 @@ from engine.data.pack import cut_by_tokens, last_rows, pack_groups
 from engine.data.rankings import RankedGroup
 from engine.data.tokenizer import load_tokenizer
 from engine.model import heads, transformer
+from engine.model.checkpointing import Checkpointing
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
 from engine.run.files import published
+from engine.run.flops import Work, forward_flops, grouped, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import RMData, check_vocabulary, identities, load_rm_data
+from engine.stages.inputs import RMData, check_vocabulary, group_lengths, identities, load_rm_data
+from engine.stages.resources import Machine, describe, epoch_estimator, load_of, settle
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
@@ -35,6 +38,10 @@ def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     set_threads(config.threads)
     tokenizer = load_tokenizer(config.model_name_or_path)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    data = load_rm_data(config, tokenizer, context)
+    machine, load = Machine(config), load_of(data.lengths, config.batch_size)
+    config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "score", load))
     model = scalar_from_policy(
         config.model_name_or_path,
         seed=config.seed,
@@ -42,20 +49,20 @@ def train_reward_model(config: RMConfig) -> Path:
         trainable=True,
         device=config.device,
     )
-    data = load_rm_data(config, tokenizer, model.architecture.max_positions)
     vocabulary = {config.model_name_or_path: model.architecture.vocab_size}
     check_vocabulary(config, data, tokenizer, vocabulary)
     stage = RMStage(config, model, data)
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
     with Session(config, "rm", total_steps(config, len(data.train)), live) as session:
-        session.start(identities(config, data), data.reports)
-        run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
+        session.start(identities(config, data), (*data.reports, chosen))
+        run_epochs(session, config, model, len(data.train), stage.train_step, stage.work, stage.evaluate)
         constant = -stage.demonstration_mean()
         model = model.with_constant(model.constant + constant)
         session.log.event(f"constant {constant:+.4f}: demonstrations now score 0 on average")
         with published(session.folder) as folder:
             save_scalar(model, folder, tokenizer=tokenizer)
         session.log.event(f"model: {config.output_dir}")
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -72,7 +79,7 @@ class RMStage:
         scores, seen = [torch.empty(0)] * len(groups), []  # read when all is launched
         for cut in self.cuts(groups):
             chosen = [groups[i] for i in cut]
-            score = group_scores(self.model, chosen)
+            score = group_scores(self.model, chosen, self.config.activation_checkpointing)
             ranks = to_device(ranks_of(chosen), score.device)
             cu = to_device(answer_offsets(chosen), score.device)
             loss, _, _ = ops.ranking_loss(score, ranks, cu, self.config.loss_reduction)
@@ -91,6 +98,15 @@ class RMStage:
             **{name: metrics[name] for name in TRAIN_METRICS if name in metrics},
         }
 
+    def work(self, rows: Sequence[int], step: int) -> Work:
+        """Of a step: three forwards' operations; padded, each answer is a row that repeats its prompt."""
+        groups, a = [self.data.train[i] for i in rows], self.model.architecture
+        answers = [[len(r) for r in g.responses] for g in groups]
+        segments = grouped([len(g.prompt) for g in groups], answers)
+        whole = [len(g.prompt) + len(r) for g in groups for r in g.responses]
+        forward = forward_flops(a, segments, len(whole), 1)
+        return Work(3 * forward, sum(group_lengths(groups)), padded_tokens(whole))
+
     def weight(self, group: RankedGroup) -> int:
         """What a prompt counts for in the loss's mean: the reduction's own denominator."""
         pairs = count_pairs(group.ranks)
@@ -99,8 +115,7 @@ class RMStage:
         return 1 if self.config.loss_reduction == "prompt_mean_allpairs" else int(pairs > 0)
 
     def cuts(self, groups: Sequence[RankedGroup]) -> list[list[int]]:
-        lengths = [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
-        return cut_by_tokens(lengths, self.config.micro_batch_tokens)
+        return cut_by_tokens(group_lengths(groups), self.config.token_budget)
 
     @torch.no_grad()
     def scores(self, groups: Sequence[RankedGroup]) -> list[Tensor]:
@@ -140,7 +155,9 @@ TRAIN_METRICS = (
 )
 
 
-def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,)
+def group_scores(
+    model: ScalarModel, groups: Sequence[RankedGroup], checkpointing: Checkpointing = "selective"
+) -> Tensor:  # (sum of K,)
     """One score an answer: each prompt goes through the network once, each answer once."""
     batch = pack_groups([(g.prompt, g.responses) for g in groups])
     segments: list[int] = []
@@ -148,8 +165,10 @@ def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  
     for group in groups:
         segments += range(at + 1, at + 1 + len(group.responses))
         at += 1 + len(group.responses)
-    hidden = transformer.forward(model, batch)
-    return heads.scores(model, transformer.chosen_rows(hidden, last_rows(batch, segments)))
+    rows = last_rows(batch, segments)
+    return heads.scores(
+        model, transformer.forward(model, batch, rows=rows, checkpointing=checkpointing)
+    )
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32

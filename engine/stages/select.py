@@ -42,7 +42,7 @@ def select_checkpoint(
             seed=config.seed,
         )
         rollouts = Rollouts(tuple(chosen), tuple(completions), 1)
-        score = model_scores(reward_model, rollouts, config.micro_batch_tokens)
+        score = model_scores(reward_model, rollouts, config.token_budget)
         scores[path.name] = float(score.double().mean())
         session.log.event(
             f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}"

@@ -17,13 +17,19 @@ from torch import Tensor
 from engine.config import SFTConfig
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.data.text import Example
+from engine.data.tokenizer import load_tokenizer
 from engine.hybrid import HybridEngine
 from engine.model import transformer
-from engine.model.transformer import Dropout, Model
+from engine.model.checkpointing import Checkpointing
+from engine.model.dropout import Dropout
+from engine.model.transformer import Model
+from engine.model.weights import load_policy
 from engine.run.files import published
+from engine.run.flops import Work, forward_flops, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
+from engine.stages.resources import Machine, describe, epoch_estimator, load_of, settle
 from engine.stages.select import select_checkpoint
 
 
@@ -43,23 +49,27 @@ class Row:
 def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
     set_threads(config.threads)
-    policy = HybridEngine.from_pretrained(
-        config.model_name_or_path, dtype=config.dtype, trainable=True, device=config.device
-    )
-    data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    data = load_sft_data(config, tokenizer, context)
+    machine, load = Machine(config), load_of(data.lengths, config.batch_size, data.longest_prompt)
+    config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "lm_head", load))
+    model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
+    policy = HybridEngine(model, tokenizer)
     vocabulary = {config.model_name_or_path: policy.model.architecture.vocab_size}
-    check_vocabulary(config, data, policy.tokenizer, vocabulary)
+    check_vocabulary(config, data, tokenizer, vocabulary)
     stage = SFTStage(config, policy.model, data)
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live) as session:
-        session.start(identities(config, data), data.reports)
+        session.start(identities(config, data), (*data.reports, chosen))
         run_epochs(
             session,
             stage.epochs_config,
             policy.model,
             stage.num_demonstrations_rows,
             stage.train_step,
+            stage.work,
             stage.evaluate,
         )
         if config.select_by_reward_model:
@@ -67,6 +77,7 @@ def train_sft(config: SFTConfig) -> Path:
         with published(session.folder) as folder:
             policy.save_pretrained(folder)
         session.log.event(f"model: {config.output_dir}")
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -105,11 +116,12 @@ class SFTStage:
         count = sum(row.num_targets for row in batch)
         losses, entropies = [], []  # read when all is launched
         p = self.config.residual_dropout
-        for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.micro_batch_tokens):
+        for cut in cut_by_tokens([len(r.tokens) for r in batch], self.config.token_budget):
             chosen = [batch[i] for i in cut]
             segments = tuple((row.address, len(row.tokens)) for row in chosen)
             dropout = Dropout(p, self.config.seed, step, segments) if p > 0 else None
-            logprob, entropy = token_logprobs(self.model, chosen, dropout)
+            keep = self.config.activation_checkpointing
+            logprob, entropy = token_logprobs(self.model, chosen, dropout, keep)
             loss = -logprob.sum() / max(count, 1)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -119,6 +131,14 @@ class SFTStage:
             "entropy": sum(map(float, entropies), 0.0) / max(count, 1),
             "num_tokens": float(sum(len(row.tokens) for row in batch)),
         }
+
+    def work(self, rows: Sequence[int], step: int) -> Work:
+        """Of a step: three forwards' operations, and rows as long as the longest."""
+        batch, a = self.batch(rows, step), self.model.architecture
+        lengths = [len(row.tokens) for row in batch]
+        targets = sum(row.num_targets for row in batch)
+        forward = forward_flops(a, [(0, n) for n in lengths], targets, a.vocab_size)
+        return Work(3 * forward, sum(lengths), padded_tokens(lengths))
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the validation demonstrations and, in the RL-init variant, on held-out text."""
@@ -133,17 +153,20 @@ class SFTStage:
     @torch.no_grad()
     def mean_loss(self, rows: Sequence[Row]) -> float:
         loss, count = 0.0, 0
-        for cut in cut_by_tokens([len(r.tokens) for r in rows], self.config.micro_batch_tokens):
+        for cut in cut_by_tokens([len(r.tokens) for r in rows], self.config.token_budget):
             logprob, _ = token_logprobs(self.model, [rows[i] for i in cut], None)
             loss, count = loss - float(logprob.double().sum()), count + logprob.numel()
         return loss / max(count, 1)
 
 
 def token_logprobs(
-    model: Model, rows: Sequence[Row], dropout: Dropout | None
+    model: Model,
+    rows: Sequence[Row],
+    dropout: Dropout | None,
+    checkpointing: Checkpointing = "selective",
 ) -> tuple[Tensor, Tensor]:  # (M,), (M,)
     """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
     batch = pack_sequences([row.tokens for row in rows])
     shift = predictions(batch, skip_first=[row.response_start for row in rows])
-    hidden = transformer.chosen_rows(transformer.forward(model, batch, dropout), shift.rows)
+    hidden = transformer.forward(model, batch, dropout, shift.rows, checkpointing)
     return transformer.logprobs(model, hidden, shift.targets, 1.0)

@@ -7,7 +7,8 @@ from families import CASES, hf_logits, save, some_sequences
 from engine.data.pack import pack_groups, pack_sequences
 from engine.errors import ModelError
 from engine.kernels._backend import kernels_usable
-from engine.model.transformer import Dropout, forward, hidden_states, logits, logprobs
+from engine.model.dropout import Dropout
+from engine.model.transformer import forward, hidden_states, logits, logprobs
 from engine.model.weights import load_policy
 
 # every kind of attention, of norm and of residual, for what is run on every class of CPU
@@ -153,7 +154,7 @@ class TestDropout:
         """Dropping all of them leaves the embedding alone."""
         model, seen = load_policy(folders / case, "float32"), []
 
-        def drop_all(x, layer, sublayer):
+        def drop_all(x, layer, sublayer, rows):
             seen.append((layer, sublayer))
             return 0 * x
 

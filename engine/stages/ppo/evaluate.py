@@ -33,9 +33,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     if prompts:
         rollouts = sample(ppo, prompts)
-        score, _ = total_reward(
-            rewards, rollouts, config.micro_batch_tokens, config.reward_timeout_s
-        )
+        score, _ = total_reward(rewards, rollouts, config.token_budget, config.reward_timeout_s)
         kl = reference_kl(ppo, rollouts)
         sums = segment_sums(kl, rollouts.cu)
         metrics |= {
@@ -46,7 +44,7 @@ def evaluate(
         }
         rows = sample_rows(ppo, rollouts, score, kl, ppo.iteration, phase, len(prompts))
     if eval_ptx:
-        loss = mean_lm_loss(ppo.policy.model, eval_ptx, config.micro_batch_tokens)
+        loss = mean_lm_loss(ppo.policy.model, eval_ptx, config.token_budget)
         metrics |= {"eval/ptx_loss": loss, "eval/ptx_perplexity": math.exp(loss)}
     if metrics:
         metrics["timing/evaluate"] = time.perf_counter() - began
@@ -71,7 +69,7 @@ def reference_kl(ppo: PPO, rollouts: Rollouts) -> torch.Tensor:  # (N,)
     """log pi - log ref of every answer token (k1)."""
     cu, config = rollouts.cu.tolist(), ppo.config
     kl = torch.empty(cu[-1])
-    for answers in micro_batches(rollouts, range(len(rollouts.prompts)), config.micro_batch_tokens):
+    for answers in micro_batches(rollouts, range(len(rollouts.prompts)), config.token_budget):
         at = torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
         ours, _ = answer_logprobs(ppo.policy.model, answers, config.temperature)
         theirs, _ = answer_logprobs(ppo.reference, answers, config.temperature)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from engine.config import PPOConfig
+from engine.data.tokenizer import load_tokenizer
 from engine.errors import CheckpointError, EngineError
 from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine
 from engine.model.heads import ScalarModel
 from engine.model.transformer import clone
 from engine.model.weights import load_policy, load_scalar, save_scalar, scalar_from_policy
+from engine.run.ema import EMA
 from engine.run.files import published
 from engine.run.session import Session, peak_memory_gb, set_threads
 from engine.stages.epochs import stuck_error
 from engine.stages.inputs import PPOData, check_vocabulary, identities, load_ppo_data
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
+from engine.stages.ppo.flops import iteration_work
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
+from engine.stages.resources import Load, Machine, describe, load_of, ppo_estimator, settle
 
 LIVE = (
     "objective/scores",
@@ -41,14 +43,13 @@ def train_ppo(config: PPOConfig) -> Path:
     """Runs the stage; the final policy is the Hugging Face folder `config.output_dir`, the value model and the
     averaged policy lie in its `value/` and `ema/`."""
     set_threads(config.threads)
-    policy = HybridEngine.from_pretrained(
-        config.model_name_or_path,
-        dtype=config.dtype,
-        trainable=True,
-        limits=Limits(max_active=config.max_active, kv_cache_gb=config.kv_cache_gb),
-        device=config.device,
-    )
-    data = load_ppo_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    data = load_ppo_data(config, tokenizer, context)
+    machine, load = Machine(config), load_of_ppo(config, data)
+    config, chosen = settle(config, machine, load, ppo_estimator(config, machine, load))
+    model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
+    policy = HybridEngine(model, tokenizer, Limits(config.max_active, config.kv_cache_gb))
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
     rewards = load_rewards(config)
     ppo = PPO(policy, initial_value(config, rewards), reference, config)
@@ -57,7 +58,7 @@ def train_ppo(config: PPOConfig) -> Path:
     vocabulary = {name: model.architecture.vocab_size for name, model in models.items()}
     check_vocabulary(config, data, policy.tokenizer, vocabulary)
     with Session(config, "ppo", config.num_iterations, LIVE) as session:
-        session.start(identities(config, data), data.reports)
+        session.start(identities(config, data), (*data.reports, chosen))
         due = restore(session, ppo)
         if due:
             log_evaluation(session, ppo, rewards, data, due)
@@ -69,7 +70,21 @@ def train_ppo(config: PPOConfig) -> Path:
                 log_evaluation(session, ppo, rewards, data, "after" if last else "during")
             save(session, ppo, last or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS))
         export(session, ppo)
+        session.say_totals()
     return Path(config.output_dir)
+
+
+def load_of_ppo(config: PPOConfig, data: PPOData) -> Load:
+    """Items are prompts with their answers, of at most response_length, and rows of pretraining text."""
+    answers = config.num_samples * config.response_length
+    lengths = [len(p.tokens) + answers for p in data.train]
+    texts = [] if data.ptx is None else [data.ptx.length]
+    held = [len(row) for row in data.eval_ptx]
+    prompts = -(-config.batch_size // config.num_samples)
+    load = load_of(lengths, prompts, data.longest_prompt)
+    rows = round(config.batch_size * config.ptx_per_episode) * sum(texts)
+    longest = max(load.longest, *texts, *held) if texts or held else load.longest
+    return replace(load, longest=longest, step=max(load.step, rows))
 
 
 def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData) -> None:
@@ -81,7 +96,7 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     sampled = time.perf_counter()
     with saved_if_it_fails(session, ppo):
         reward, terms = total_reward(
-            rewards, rollouts, config.micro_batch_tokens, config.reward_timeout_s
+            rewards, rollouts, config.token_budget, config.reward_timeout_s
         )
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
@@ -89,6 +104,11 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     stats = result.stats | saved
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
     stats |= timing(rollouts, ptx_rows, began, sampled, rewarded, stats)
+    models = [reward.model for reward in rewards if reward.model is not None]
+    for phase, work in iteration_work(
+        ppo.policy.model, ppo.value, models, rollouts, ptx_rows, config
+    ).items():
+        stats |= session.totals.add(phase, work, stats[f"timing/{phase}"])
     stats |= {"episode": float(ppo.iteration * config.batch_size)}
     check_parity(config, stats)
     done = ppo.iteration
@@ -208,14 +228,13 @@ def export(session: Session, ppo: PPO) -> None:
         ppo.policy.save_pretrained(aside)
         save_scalar(ppo.value, aside / "value", tokenizer=ppo.policy.tokenizer)
         if ppo.learner.ema is not None:
-            averaged(ppo, ppo.learner.ema.state(), aside / "ema")
+            save_average(ppo.policy, ppo.learner.ema, aside / "ema")
     session.log.event(f"model: {folder} (value model: value/, averaged policy: ema/)")
 
 
-@torch.no_grad()
-def averaged(ppo: PPO, average: dict[str, Tensor], folder: Path) -> None:
+def save_average(policy: HybridEngine, average: EMA, folder: Path) -> None:
     """Writes the averaged weights as a folder of their own; the policy's own weights come back."""
-    own = {name: tensor.clone() for name, tensor in ppo.policy.model.state().items()}
-    ppo.policy.model.load_state(average)
-    ppo.policy.save_pretrained(folder)
-    ppo.policy.model.load_state(own)
+    with average.swapped():
+        policy.refresh()
+        policy.save_pretrained(folder)
+    policy.refresh()

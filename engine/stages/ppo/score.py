@@ -9,7 +9,7 @@ from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
 from engine.run.device import to_device
 from engine.stages.ppo.batch import Rollouts, Scores
-from engine.stages.ppo.forward import answer_logprobs, answer_values, micro_batches
+from engine.stages.ppo.forward import all_values, answer_logprobs, micro_batches
 
 
 @torch.no_grad()
@@ -38,5 +38,5 @@ def score(
         if rescore:
             old_logprob[rows], _ = answer_logprobs(policy, answers, temperature)
         ref_logprob[rows], _ = answer_logprobs(reference, answers, temperature)
-        value[rows], final_value[episodes] = answer_values(value_model, answers)
+        value[rows], final_value[episodes] = all_values(value_model, answers)
     return Scores(old_logprob, ref_logprob, value, final_value, reward)

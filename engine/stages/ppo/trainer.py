@@ -34,6 +34,7 @@ from engine.stages.ppo.rewards import token_rewards, whiten_rewards
 from engine.stages.ppo.rollout import rollout
 from engine.stages.ppo.score import score
 from engine.stages.ppo.update import Learner, Targets, update
+from engine.stages.resources import for_models
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PPO:
     def __init__(
         self, policy: HybridEngine, value: ScalarModel, reference: Model, config: PPOConfig
     ) -> None:
+        config = for_models(config, policy.model)
         self.policy, self.value, self.reference, self.config = policy, value, reference, config
         adam = OptimizerConfig(
             betas=(config.adam_beta1, config.adam_beta2),
@@ -114,7 +116,7 @@ class PPO:
             rollouts,
             reward,
             config.temperature,
-            config.micro_batch_tokens,
+            config.token_budget,
         )
         rewards = token_rewards(
             passes.old_logprob, passes.ref_logprob, reward, ended, cu, self.kl.beta, config

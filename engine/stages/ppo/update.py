@@ -101,7 +101,9 @@ def policy_backward(
     means: Means,
 ) -> Tensor:  # (M,)
     """Adds the policy gradient of one micro-batch; returns its log-probs."""
-    logprob, entropy = answer_logprobs(policy, answers, config.temperature)
+    logprob, entropy = answer_logprobs(
+        policy, answers, config.temperature, config.activation_checkpointing
+    )
     old = targets.scores.old_logprob[rows]
     advantage = targets.advantages.advantage[rows]
     loss, stats = ops.ppo_policy_loss(
@@ -128,7 +130,7 @@ def value_backward(
     means: Means,
 ) -> None:
     """Adds the value gradient of one micro-batch."""
-    new_value, _ = answer_values(value, answers)
+    new_value = answer_values(value, answers, config.activation_checkpointing)
     loss, stats = ops.ppo_value_loss(
         new_value,
         targets.scores.value[rows],
@@ -151,7 +153,9 @@ def add_ptx_gradient(
     ppo = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
-    loss = backward_lm_loss(policy, rows, config.ptx_coef, config.micro_batch_tokens)
+    loss = backward_lm_loss(
+        policy, rows, config.ptx_coef, config.token_budget, config.activation_checkpointing
+    )
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     means.add(1, ptx_loss=loss, ptx_grad_norm=global_norm(gradients))
     for name, p in parameters.items():
@@ -171,7 +175,7 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
     for number, prompts in plan:
         learner.policy_optimizer.zero_grad()
         learner.value_optimizer.zero_grad()
-        cuts = micro_batches(rollouts, prompts, config.micro_batch_tokens)
+        cuts = micro_batches(rollouts, prompts, config.token_budget)
         rows = [token_rows(cu, answers) for answers in cuts]
         count = sum(r.numel() for r in rows)
         seen = []
@@ -189,6 +193,8 @@ def update(learner: Learner, targets: Targets, config: PPOConfig) -> dict[str, f
         skipped_here = step(learner, targets, config, means)
         skipped += skipped_here
         in_a_row = in_a_row + 1 if skipped_here else 0
+    learner.policy_optimizer.zero_grad()  # the next rollouts' cache lies where they lay
+    learner.value_optimizer.zero_grad()
     stats = metrics(means, skipped) | parity
     return stats | {"policy/skipped_in_a_row": float(in_a_row)}
 
