@@ -63,7 +63,7 @@ def clocked(reference: Model) -> Iterator[dict[str, float]]:
     places: list[tuple[Any, str, Callable[..., str]]] = [
         (trainer, "rollout", lambda *_: "rollout"),
         (score, "answer_logprobs", scorer),
-        (score, "answer_values", lambda *_: "value"),
+        (score, "all_values", lambda *_: "value"),
         (reward_sources, "model_scores", lambda *_: "reward"),
         (update, "policy_backward", lambda *_: "policy update"),
         (update, "value_backward", lambda *_: "value update"),

@@ -40,7 +40,7 @@ from engine.run.session import versions
 from engine.stages.inputs import RMData, SFTData
 from engine.stages.ppo import update
 from engine.stages.ppo.batch import Advantages, Rollouts, Scores
-from engine.stages.ppo.forward import answer_logprobs, answer_values, micro_batches
+from engine.stages.ppo.forward import all_values, answer_logprobs, micro_batches
 from engine.stages.ppo.reward_sources import Reward, total_reward
 from engine.stages.rm import RMStage, answer_offsets, ranks_of
 from engine.stages.sft import SFTStage
@@ -230,7 +230,7 @@ def own_scores(policy: Model, value: ScalarModel, rollouts: Rollouts, budget: in
     """Old log-probs and values: the models' own."""
     cuts = micro_batches(rollouts, range(rollouts.num_episodes), budget)
     old = torch.cat([answer_logprobs(policy, cut, 1.0)[0] for cut in cuts])
-    values = [answer_values(value, cut) for cut in cuts]
+    values = [all_values(value, cut) for cut in cuts]
     before, last = (torch.cat(parts) for parts in zip(*values, strict=True))
     order = [e for cut in cuts for e in cut.episodes]
     assert order == sorted(order), "want cuts in the order of the episodes"
@@ -251,7 +251,7 @@ def ppo_update(side: Side, lines: Iterator[Order]) -> None:
     rollouts = given_episodes(work)
     advantages = Advantages(*(torch.tensor(work[n]).flatten() for n in ("advantage", "returns")))
     scores = own_scores(policy, value, rollouts, config.token_budget)
-    targets = update.Targets(rollouts, scores, advantages, (), 0.0, 0.0, 0)
+    targets = update.Targets(rollouts, scores, advantages, (), 0.0, 0.0, 0, 0)
     count, cu = sum(rollouts.lengths), rollouts.cu.tolist()
     ready(side)
 

@@ -92,7 +92,7 @@ def helpful_flags(config: RunConfig) -> list[str]:
     flags = [
         f"--micro_batch_tokens (now {config.micro_batch_tokens or 'by the memory there is'})",
         f"--activation_checkpointing full (now {config.activation_checkpointing})",
-        "--peak_memory_gb, which chooses both",
+        "--peak_memory_gb (which chooses both)",
     ]
     if isinstance(config, PPOConfig):
         flags += [

@@ -123,6 +123,7 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load)
     model = describe(config.model_name_or_path, head)
     weights = {"process": float(machine.held), **machine.trained(model)}
     gradients = 4.0 * memory.parameters(model.specs)
+    checkpoint = 3 * gradients  # masters and moments, copied to be written beside the next steps
 
     def estimate(tokens: int, mode: Checkpointing, cache_gb: float) -> Estimate:
         used = machine.activations(
@@ -130,7 +131,10 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load)
         )
         # with one micro-batch a step, gradients come as activations go
         there = gradients if tokens < load.step else max(0.0, gradients - used["activations"])
-        phases = {"trains": {**weights, "gradients": there, **used}}
+        phases = {
+            "trains": {**weights, "gradients": there, **used},
+            "saves": {**weights, "gradients": gradients, "checkpoint": checkpoint},
+        }
         if isinstance(config, SFTConfig) and config.select_by_reward_model:
             scorer = machine.frozen(describe(config.select_by_reward_model, "score"))
             cache = cache_bytes(
@@ -167,6 +171,8 @@ def ppo_estimator(config: PPOConfig, machine: Machine, load: Load) -> Estimator:
     first, second = (4.0 * memory.parameters(m.specs) for m in (policy, value))
     mixed = config.ptx_dataset_name is not None and config.ptx_coef > 0
     apart = 4.0 * memory.parameters(policy.specs) * mixed
+    # masters, moments and the average, copied to be written beside the next iteration
+    checkpoint = 3 * (first + second) + (first if config.ema_decay > 0 else 0.0)
 
     def estimate(tokens: int, mode: Checkpointing, cache_gb: float) -> Estimate:
         count = min(tokens, load.step)
@@ -197,6 +203,7 @@ def ppo_estimator(config: PPOConfig, machine: Machine, load: Load) -> Estimator:
                     "gradients of the two terms apart": apart,
                     **used,
                 },
+                "saves": {**weights, "checkpoint": checkpoint},
             }
         )
 

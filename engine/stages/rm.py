@@ -37,8 +37,8 @@ from engine.stages.rm_metrics import count_pairs, ranking_metrics
 def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     set_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_rm_data(config, tokenizer, context)
     machine, load = Machine(config), load_of(data.lengths, config.batch_size)
     config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "score", load))

@@ -49,8 +49,8 @@ class Row:
 def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
     set_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_sft_data(config, tokenizer, context)
     machine, load = Machine(config), load_of(data.lengths, config.batch_size, data.longest_prompt)
     config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "lm_head", load))

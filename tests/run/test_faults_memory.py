@@ -49,6 +49,8 @@ def test_it_is_one_message(error, setting, tmp_path, monkeypatch, capsys):
         "false",
         "--threads",
         "1",
+        "--micro_batch_tokens",
+        "4096",
     ]
     assert main(argv) == 1
     said = capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_a_run_takes_what_was_estimated(stage, bound, shaped, tmp_path):
 
 @pytest.mark.skipif(not kernels_usable(), reason="other products take other memory")
 def test_ppo_takes_what_was_estimated(shaped, tmp_path):
-    bound = 1.6
+    bound = 1.9
     save_scalar(scalar_from_policy(shaped[0], 0, "bfloat16"), tmp_path / "reward")
     measured, estimated, printed = run(
         "ppo",

@@ -86,7 +86,7 @@ def test_ppo_and_its_pretraining_term(base, tmp_path):
         *(torch.randn(8) for _ in range(2)),
     )
     advantages = Advantages(torch.randn(count), torch.randn(count))
-    targets = Targets(rollouts, scores, advantages, (), 0.0, 0.0, 0)
+    targets = Targets(rollouts, scores, advantages, (), 0.0, 0.0, 0, 0)
     text = [list(range(5, 5 + n)) for n in (12, 12, 7)]
     found = []
     for budget in (4096, 40, 1):
