@@ -87,7 +87,8 @@ class Machine:
         # a first optimizer imports torch's compiler, 145 MB, which is this process's too
         Optimizer({"": Parameter(torch.zeros(1))})
         given_back = self.device.type != "cpu"
-        if config.peak_memory_gb is not None and not given_back:
+        saving = config.peak_memory_gb is not None or config.activation_checkpointing == "full"
+        if saving and not given_back:
             given_back = memory.give_back_freed()
         self.kept_share = 0.0 if given_back else memory.KEPT_BY_MALLOC
         self.held, self.free = held_and_free(self.device)
