@@ -71,7 +71,9 @@ def ready(side: Side) -> None:
 def sft(side: Side, lines: Iterator[Order]) -> None:
     """SFTStage.train_step of each batch."""
     model = load_policy(side.args.model, side.args.dtype, trainable=True)
-    config = engine.SFTConfig(model_name_or_path=side.args.model, output_dir=NOWHERE)
+    config = engine.SFTConfig(
+        model_name_or_path=side.args.model, output_dir=NOWHERE, micro_batch_tokens=TOKENS
+    )
     ready(side)
     for order in lines:
         seconds, losses, norms, tokens = 0.0, [], [], 0
@@ -104,7 +106,9 @@ def repeated_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor
 def rm(side: Side, lines: Iterator[Order]) -> None:
     """RMStage.train_step of each batch; with {"repeat": true} the same loss with prompts repeated, cut as it cuts."""
     model = scalar_from_policy(side.args.model, side.work["seed"], side.args.dtype)
-    config = engine.RMConfig(model_name_or_path=side.args.model, output_dir=NOWHERE)
+    config = engine.RMConfig(
+        model_name_or_path=side.args.model, output_dir=NOWHERE, micro_batch_tokens=TOKENS
+    )
     ready(side)
 
     def repeated(groups: list[RankedGroup]) -> float:

@@ -94,6 +94,7 @@ def run_epochs(
         on_schedule = done == total or is_due(done, config.save_steps, per_epoch)
         stuck = in_a_row >= config.max_skipped_steps
         if on_schedule or session.stop_requested or stuck:
+            optimizer.zero_grad()  # its memory is the copy's
             tensors = {"model": model.state(), "optimizer": optimizer.state()}
             state = {"tokens_seen": tokens_seen, "skipped_in_a_row": in_a_row}
             session.save(done, tensors, state, interim=not on_schedule)

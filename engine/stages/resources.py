@@ -87,7 +87,8 @@ class Machine:
         # a first optimizer imports torch's compiler, 145 MB, which is this process's too
         Optimizer({"": Parameter(torch.zeros(1))})
         given_back = self.device.type != "cpu"
-        if config.peak_memory_gb is not None and not given_back:
+        saving = config.peak_memory_gb is not None or config.activation_checkpointing == "full"
+        if saving and not given_back:
             given_back = memory.give_back_freed()
         self.kept_share = 0.0 if given_back else memory.KEPT_BY_MALLOC
         self.held, self.free = held_and_free(self.device)
@@ -133,7 +134,7 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load)
         there = gradients if tokens < load.step else max(0.0, gradients - used["activations"])
         phases = {
             "trains": {**weights, "gradients": there, **used},
-            "saves": {**weights, "gradients": gradients, "checkpoint": checkpoint},
+            "saves": {**weights, "checkpoint": checkpoint},
         }
         if isinstance(config, SFTConfig) and config.select_by_reward_model:
             scorer = machine.frozen(describe(config.select_by_reward_model, "score"))

@@ -164,6 +164,13 @@ class TestDropout:
         alone = [forward(model, pack_sequences([[token]]), drop_all)[0] for token in tokens[0]]
         assert torch.equal(left, torch.stack(alone))
 
+    def test_the_gradient_passes_the_same_mask_with_the_same_factor(self):
+        dropout, x = Dropout(0.25, 1, 4, ((8, 50),)), self.x.clone().requires_grad_()
+        dropped = dropout(x, 3, 1)
+        dropped.sum().backward()
+        assert torch.equal(x.grad, dropout(torch.ones_like(x), 3, 1))
+        assert sorted(x.grad.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
+
     def test_refuses_a_share_of_one(self):
         with pytest.raises(ModelError, match="p = 1.0, want 0 <= p < 1"):
             Dropout(1.0, 0, 0, ())

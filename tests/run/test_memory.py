@@ -115,7 +115,7 @@ def test_the_default_is_by_a_share_of_what_is_free(shaped, tmp_path):
 
 def test_a_bound_takes_fewer_tokens_then_heavier_checkpointing_then_refuses(shaped, tmp_path):
     load, seen = Load(longest=500, step=100_000), []
-    for bound in (4.0, 1.2, 0.9):
+    for bound in (4.0, 1.2, 0.95):
         config = config_of(RMConfig, shaped, tmp_path, peak_memory_gb=bound)
         machine = machine_of(config, 40e9)
         estimate = epoch_estimator(config, machine, "score", load)
