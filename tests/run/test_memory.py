@@ -125,7 +125,7 @@ def test_a_bound_takes_fewer_tokens_then_heavier_checkpointing_then_refuses(shap
         seen.append((mode, chosen.token_budget))
     assert seen[0] == ("selective", 4096)
     assert seen[1][0] == "selective" and 1024 <= seen[1][1] < 4096
-    assert seen[2][0] == "full" and 2500 <= seen[2][1]
+    assert seen[2][0] == "full" and seen[2][1] >= 2500
     config = config_of(RMConfig, shaped, tmp_path, peak_memory_gb=0.5)
     machine = machine_of(config, 40e9)
     with pytest.raises(ConfigError, match=r"peak_memory_gb: got 0.5.*= .*moments.*max_length"):

@@ -63,8 +63,8 @@ def ppo(setting: dict[str, str], out: Path, **more: Any) -> Path:
             model_name_or_path=setting["base"], reward_model_path=setting["reward"],
             output_dir=str(out), dataset_name=setting["prompts"], ptx_dataset_name=setting["text"],
             total_episodes=4 * STEPS // 2, batch_size=4, num_samples=2, num_mini_batches=2,
-            response_length=5, ptx_length=12, ptx_per_episode=0.5, learning_rate=1e-6,
-            value_learning_rate=1e-6, save_steps=STEPS, eval_steps=STEPS, **COMMON, **more,
+            response_length=5, ptx_length=12, ptx_per_episode=0.5, learning_rate=1e-5,
+            value_learning_rate=1e-5, save_steps=STEPS, eval_steps=STEPS, **COMMON, **more,
         )
     )  # fmt: skip
 
