@@ -27,10 +27,9 @@ from engine.run.ema import EMA
 from engine.run.kl_control import AdaptiveKL, FixedKL, KLController
 from engine.run.optim import Optimizer, OptimizerConfig
 from engine.run.schedule import constant_with_warmup
-from engine.stages.ppo.advantages import estimate
+from engine.stages.ppo.advantages import rewards_and_advantages
 from engine.stages.ppo.batch import Rollouts, on_host
 from engine.stages.ppo.metrics import episode_metrics
-from engine.stages.ppo.rewards import token_rewards, whiten_rewards
 from engine.stages.ppo.rollout import rollout
 from engine.stages.ppo.score import score
 from engine.stages.ppo.update import Learner, Targets, update
@@ -118,12 +117,7 @@ class PPO:
             config.temperature,
             config.token_budget,
         )
-        rewards = token_rewards(
-            passes.old_logprob, passes.ref_logprob, reward, ended, cu, self.kl.beta, config
-        )
-        if config.whiten_rewards:
-            rewards = whiten_rewards(rewards)
-        advantages = estimate(rewards, passes.value, passes.final_value, ended, cu, config)
+        rewards, advantages = rewards_and_advantages(passes, ended, cu, self.kl.beta, config)
         wait_for(device)
         scored = time.perf_counter()
         targets = Targets(
