@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settle_machine(config)
     from engine.run.console import printable
     from engine.run.session import Stopped
-    from engine.stages.memory import is_out_of_memory, out_of_memory
+    from engine.stages.out_of_memory import is_out_of_memory, out_of_memory
 
     try:
         if dry_run:

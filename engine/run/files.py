@@ -109,34 +109,32 @@ def published(folder: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-class FolderLock:
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
     """At most one run in an output folder: an advisory lock on its `.lock`, which a kill releases.
 
     It belongs to the open file, so a process that the run forked and that outlives it still holds it.
+
+    Raises:
+        ConfigError: another run has the folder.
+        OutputError: it cannot be written to.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        self._descriptor = -1
-
-    def __enter__(self) -> FolderLock:
-        """Raises `ConfigError` when another run has the folder, `OutputError` when it cannot be written to."""
-        with refusals_named(self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+    path = folder / LOCK
+    with refusals_named(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
-            os.close(self._descriptor)
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise ConfigError(
-                f"output_dir: another run writes to {self.path.parent} ({owner or 'just starting'}); wait for it, stop"
-                " it, or give another folder"
+                f"output_dir: another run writes to {folder} ({owner or 'just starting'}); wait for it, stop it, or"
+                " give another folder"
             ) from None
-        with refusals_named(self.path):
-            os.ftruncate(self._descriptor, 0)
+        with refusals_named(path):
+            os.ftruncate(descriptor, 0)
             owner = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
-            os.pwrite(self._descriptor, owner.encode(), 0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)  # the lock goes with it
+            os.pwrite(descriptor, owner.encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)  # the lock goes with it

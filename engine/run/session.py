@@ -101,7 +101,7 @@ class Session:
         refuse_a_used_folder(self.folder, config.resume_from_checkpoint)
         self.stop_requested = False
         self._handlers: dict[int, Any] = {}
-        self._lock = files.FolderLock(self.folder)
+        self._lock = files.folder_lock(self.folder)
         self.totals = Totals()
         self._products = exact_products(config.exact_logprobs)
         self._saver = Saver(self.folder, config.save_total_limit)
@@ -133,7 +133,7 @@ class Session:
                 signal.signal(number, handler)
             self._products.__exit__(kind, error, trace)
             self.log.__exit__(kind, error, trace)
-            self._lock.__exit__()
+            self._lock.__exit__(kind, error, trace)
 
     def _finish_saving(self, error: BaseException | None) -> None:
         """The last checkpoint comes to be whatever ended the run; its own failure does not hide that."""

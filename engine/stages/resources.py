@@ -19,9 +19,8 @@ from typing import TypeVar
 
 import torch
 import yaml
-from torch.nn import Parameter
 
-from engine.config import PPOConfig, RunConfig, SFTConfig
+from engine.config import EpochConfig, PPOConfig, RunConfig, SFTConfig
 from engine.errors import ConfigError
 from engine.generate.cache import page_bytes
 from engine.generate.scheduler import Limits, pages_needed
@@ -36,7 +35,7 @@ from engine.model.weights import resolve_dtype, resolve_folder
 from engine.run import memory
 from engine.run.device import choose_device
 from engine.run.memory import GB, Dtypes, Estimate
-from engine.run.optim import Optimizer
+from engine.stages.inputs import PPOData
 
 ACTIVATION_SHARE = 0.5  # of what weights, gradients and moments leave
 MOST_TOKENS = 4096  # longer micro-batches are no faster
@@ -46,6 +45,7 @@ HEADROOM = 0.95  # of peak_memory_gb: an estimate is not a measurement
 CHOSEN = ("micro_batch_tokens", "activation_checkpointing", "kv_cache_gb")
 
 Config = TypeVar("Config", bound=RunConfig)
+Epochs = TypeVar("Epochs", bound=EpochConfig)
 Estimator = Callable[[int, Checkpointing, float], Estimate]  # (tokens, mode, cache in GB)
 
 
@@ -84,8 +84,6 @@ class Machine:
         storage = resolve_dtype(config.dtype, self.device)
         self.dtypes = Dtypes(storage, activation_dtype(storage, self.device))
         self.packed = self.device.type == "cpu" and kernels_usable()
-        # a first optimizer imports torch's compiler, 145 MB, which is this process's too
-        Optimizer({"": Parameter(torch.zeros(1))})
         given_back = self.device.type != "cpu"
         saving = config.peak_memory_gb is not None or config.activation_checkpointing == "full"
         if saving and not given_back:
@@ -265,6 +263,27 @@ def settle(config: Config, machine: Machine, load: Load, estimate: Estimator) ->
         chosen = replace(chosen, kv_cache_gb=cache_gb)
         line += f"; cache up to {cache_gb:.3g} GB"
     return chosen, line
+
+
+def settle_epochs(
+    config: Epochs, head: Head, lengths: Sequence[int], prompt: int = 0
+) -> tuple[Epochs, str]:
+    """`settle` for SFT (head "lm_head") or the reward model ("score"), whose items have these lengths."""
+    machine, load = Machine(config), load_of(lengths, config.batch_size, prompt)
+    return settle(config, machine, load, epoch_estimator(config, machine, head, load))
+
+
+def settle_ppo(config: PPOConfig, data: PPOData) -> tuple[PPOConfig, str]:
+    """`settle` for PPO: items are prompts with their answers, of at most response_length, and rows of text."""
+    answers = config.num_samples * config.response_length
+    texts = [] if data.ptx is None else [data.ptx.length]
+    prompts = -(-config.batch_size // config.num_samples)
+    load = load_of([len(p.tokens) + answers for p in data.train], prompts, data.longest_prompt)
+    rows = round(config.batch_size * config.ptx_per_episode) * sum(texts)
+    longest = max([load.longest, *texts, *(len(row) for row in data.eval_ptx)])
+    load = replace(load, longest=longest, step=max(load.step, rows))
+    machine = Machine(config)
+    return settle(config, machine, load, ppo_estimator(config, machine, load))
 
 
 def by_share(

@@ -30,7 +30,7 @@ from engine.run.flops import Work, forward_flops, grouped, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import RMData, check_vocabulary, group_lengths, identities, load_rm_data
-from engine.stages.resources import Machine, describe, epoch_estimator, load_of, settle
+from engine.stages.resources import describe, settle_epochs
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 
@@ -40,8 +40,7 @@ def train_reward_model(config: RMConfig) -> Path:
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_rm_data(config, tokenizer, context)
-    machine, load = Machine(config), load_of(data.lengths, config.batch_size)
-    config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "score", load))
+    config, chosen = settle_epochs(config, "score", data.lengths)
     model = scalar_from_policy(
         config.model_name_or_path,
         seed=config.seed,

@@ -29,7 +29,7 @@ from engine.run.flops import Work, forward_flops, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
-from engine.stages.resources import Machine, describe, epoch_estimator, load_of, settle
+from engine.stages.resources import describe, settle_epochs
 from engine.stages.select import select_checkpoint
 
 
@@ -52,8 +52,7 @@ def train_sft(config: SFTConfig) -> Path:
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_sft_data(config, tokenizer, context)
-    machine, load = Machine(config), load_of(data.lengths, config.batch_size, data.longest_prompt)
-    config, chosen = settle(config, machine, load, epoch_estimator(config, machine, "lm_head", load))
+    config, chosen = settle_epochs(config, "lm_head", data.lengths, data.longest_prompt)
     model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
     policy = HybridEngine(model, tokenizer)
     vocabulary = {config.model_name_or_path: policy.model.architecture.vocab_size}

@@ -17,6 +17,13 @@ def make_setting(folder: Path) -> dict[str, str]:
     return {"model": str(folder / "model"), **write_all(folder)}
 
 
+def sft_words(setting: dict[str, str], out: Path, **more: object) -> list[str]:
+    """The command line of a small SFT run."""
+    values = {"stage": "sft", "model_name_or_path": setting["model"], "output_dir": out}
+    values |= {"dataset_name": setting["sft"], "max_length": 80, "progress": "false", "threads": 1}
+    return [word for key, value in (values | more).items() for word in (f"--{key}", str(value))]
+
+
 def sft(setting: dict[str, str], out: Path, **more) -> engine.SFTConfig:
     values = {"per_device_train_batch_size": 4, "max_steps": 3, "max_length": 80, "save_steps": 1}
     values |= {"dataset_name": setting["sft"], "model_name_or_path": setting["model"]} | COMMON

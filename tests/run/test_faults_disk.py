@@ -5,12 +5,12 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_engines import save_tiny
-from stages.tiny_data import write_all
+from run import faulty
 
 import engine
 from engine.errors import OutputError
@@ -66,23 +66,10 @@ def disk(monkeypatch):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("disk")
-    save_tiny("llama", folder / "model")
-    return {"model": str(folder / "model"), **write_all(folder)}
+    return faulty.make_setting(tmp_path_factory.mktemp("disk"))
 
 
-def sft(setting: dict[str, str], out: Path, **more) -> engine.SFTConfig:
-    values = {
-        "per_device_train_batch_size": 6,
-        "save_steps": 1,
-        "max_steps": 2,
-        "max_length": 80,
-        "threads": 1,
-    }
-    values |= {"progress": False, "dtype": "float32", "dataset_name": setting["sft"]}
-    return engine.SFTConfig(
-        model_name_or_path=setting["model"], output_dir=str(out), **(values | more)
-    )
+sft = partial(faulty.sft, per_device_train_batch_size=6, max_steps=2)
 
 
 def timeless(folder: Path) -> list[dict]:
@@ -138,25 +125,7 @@ def test_full_at_each_write(setting, tmp_path, disk):
 def test_a_folder_that_refuses(setting, tmp_path, capsys):
     """A file stands where the folder should be; through the command line it is one message and exit code 1."""
     (tmp_path / "run").write_text("not a folder")
-    argv = [
-        "--stage",
-        "sft",
-        "--model_name_or_path",
-        setting["model"],
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    argv += [
-        "--dataset_name",
-        setting["sft"],
-        "--max_length",
-        "80",
-        "--progress",
-        "false",
-        "--threads",
-        "1",
-    ]
-    assert main(argv) == 1
+    assert main(faulty.sft_words(setting, tmp_path / "run")) == 1
     said = capsys.readouterr().err
     assert "cannot be written (File exists)" in said and "Traceback" not in said
     assert (tmp_path / "run").read_text() == "not a folder"

@@ -8,7 +8,7 @@ import torch
 from run import faulty
 
 from engine.stages import sft as sft_stage
-from engine.stages.memory import helpful_flags, is_out_of_memory, memory_items
+from engine.stages.out_of_memory import expected, helpful_flags, is_out_of_memory, memory_items
 from engine.train import main
 
 
@@ -32,30 +32,11 @@ def test_it_is_one_message(error, setting, tmp_path, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(sft_stage, "token_logprobs", full)
-    argv = [
-        "--stage",
-        "sft",
-        "--model_name_or_path",
-        setting["model"],
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    argv += [
-        "--dataset_name",
-        setting["sft"],
-        "--max_length",
-        "80",
-        "--progress",
-        "false",
-        "--threads",
-        "1",
-        "--micro_batch_tokens",
-        "4096",
-    ]
+    argv = faulty.sft_words(setting, tmp_path / "run", micro_batch_tokens=4096)
     assert main(argv) == 1
     said = capsys.readouterr().err
     assert "out of memory" in said and "Traceback" not in said
-    assert "GB  Adam's moments" in said and "--micro_batch_tokens (now 4096)" in said
+    assert "GB  moments" in said and "--micro_batch_tokens (now 4096)" in said
     assert "--resume_from_checkpoint true" in said
 
 
@@ -71,26 +52,8 @@ def test_other_errors_are_not_taken_for_it(setting, tmp_path, monkeypatch):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(sft_stage, "token_logprobs", wrong)
-    argv = [
-        "--stage",
-        "sft",
-        "--model_name_or_path",
-        setting["model"],
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    argv += [
-        "--dataset_name",
-        setting["sft"],
-        "--max_length",
-        "80",
-        "--progress",
-        "false",
-        "--threads",
-        "1",
-    ]
     with pytest.raises(RuntimeError, match="shapes differ"):
-        main(argv)
+        main(faulty.sft_words(setting, tmp_path / "run"))
 
 
 def test_items_are_what_the_stages_hold(setting, tmp_path):
@@ -105,13 +68,15 @@ def test_items_are_what_the_stages_hold(setting, tmp_path):
         name: sum(4.0 * t.numel() for t in group.values() if t.dim())
         for name, group in found.items()
     }
-    items = dict(memory_items(config))
-    assert items["masters of the trained weights (float32)"] == size["policy"] + size["value"]
-    assert items["Adam's moments"] == size["optimizer_policy"] + size["optimizer_value"]
-    assert items["the policy's average"] == size["ema"]
-    assert items["a checkpoint while it is written"] == sum(size.values())
-    assert items["frozen models"] == size["policy"]  # the reference, float32
-    assert items["keys and values while sampling"] == 2e9
+    phases = expected(config).phases
+    saves, samples = phases["saves"], phases["samples"]
+    assert saves["policy masters"] + saves["value masters"] == size["policy"] + size["value"]
+    moments = size["optimizer_policy"] + size["optimizer_value"]
+    assert saves["policy moments"] + saves["value moments"] == moments
+    assert saves["policy average"] == size["ema"]
+    assert saves["checkpoint"] == sum(size.values())
+    assert samples["reference"] >= size["policy"]  # float32, and packed where there are kernels
+    assert 0 < samples["cache"] <= 2e9
 
 
 @pytest.mark.parametrize("make", [faulty.sft, faulty.rm, faulty.ppo])

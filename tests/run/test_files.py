@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import ConfigError, OutputError
 from engine.run import files
-from engine.run.files import FolderLock, append, published, replace
+from engine.run.files import append, folder_lock, published, replace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,21 +74,21 @@ def test_the_config_is_published_last(tmp_path, monkeypatch):
 
 
 def test_one_run_in_a_folder(tmp_path):
-    with FolderLock(tmp_path):
-        with pytest.raises(ConfigError, match=f'"process": {os.getpid()}'), FolderLock(tmp_path):
+    with folder_lock(tmp_path):
+        with pytest.raises(ConfigError, match=f'"process": {os.getpid()}'), folder_lock(tmp_path):
             raise AssertionError
-        with FolderLock(tmp_path.parent):
+        with folder_lock(tmp_path.parent):
             pass
-    with FolderLock(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
 def test_the_lock_goes_with_its_process(tmp_path):
     code = (
-        "import sys, os; from pathlib import Path; from engine.run.files import FolderLock;"
-        " FolderLock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
+        "import sys, os; from pathlib import Path; from engine.run.files import folder_lock;"
+        " lock = folder_lock(Path(sys.argv[1])); lock.__enter__(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
     assert done.returncode == -9
-    with FolderLock(tmp_path):
+    with folder_lock(tmp_path):
         pass

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+from run import faulty
 from small_engines import save_tiny
-from stages.tiny_data import write_all
 
 import engine
 from engine.errors import CheckpointError
@@ -16,27 +17,10 @@ from engine.train import main, parse
 
 @pytest.fixture
 def setting(tmp_path) -> dict[str, str]:
-    save_tiny("llama", tmp_path / "model")
-    return {"model": str(tmp_path / "model"), **write_all(tmp_path)}
+    return faulty.make_setting(tmp_path)
 
 
-def sft(setting: dict[str, str], out: Path, **more) -> engine.SFTConfig:
-    values = {
-        "per_device_train_batch_size": 4,
-        "save_steps": 1,
-        "max_steps": 2,
-        "max_length": 80,
-        "threads": 1,
-    }
-    values |= {
-        "progress": False,
-        "dtype": "float32",
-        "dataset_name": setting["sft"],
-        "eval_fraction": 0.2,
-    }
-    return engine.SFTConfig(
-        model_name_or_path=setting["model"], output_dir=str(out), **(values | more)
-    )
+sft = partial(faulty.sft, max_steps=2, eval_fraction=0.2)
 
 
 def going_on(config: engine.SFTConfig, **more) -> engine.SFTConfig:
@@ -112,14 +96,7 @@ def test_another_stage_is_refused(setting, tmp_path):
 
 
 def test_the_flag_is_repeatable_and_checked(setting, tmp_path, capsys):
-    base = [
-        "--stage",
-        "sft",
-        "--model_name_or_path",
-        setting["model"],
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    base = faulty.sft_words(setting, tmp_path / "run")
     once = parse([*base, "--allow_config_change", "seed"])[1]
     assert once.allow_config_change == ["seed"]
     many = ["--allow_config_change", "seed", "--allow_config_change=dtype"]
@@ -128,9 +105,8 @@ def test_the_flag_is_repeatable_and_checked(setting, tmp_path, capsys):
     assert listed.allow_config_change == ["seed", "dtype"]
     engine.train_sft(sft(setting, tmp_path / "run"))
     code = main(
-        [*base, "--dataset_name", setting["sft"], "--resume_from_checkpoint", "true",
-         "--allow_config_change", "sead", "--max_length", "80", "--progress", "false"]
-    )  # fmt: skip
+        [*base, "--resume_from_checkpoint", "true", "--allow_config_change", "sead"]
+    )
     assert code == 1 and "did you mean 'seed'" in capsys.readouterr().err
 
 

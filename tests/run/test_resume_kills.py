@@ -13,7 +13,7 @@ from killing import POINTS, Victims
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 
-from engine.run.files import FolderLock
+from engine.run.files import folder_lock
 
 KILLS = 24
 STAGES = ("sft", "rm", "ppo")
@@ -196,7 +196,7 @@ def test_another_number_of_threads_gives_the_same_samples(setting, whole, victim
 def test_two_runs_in_one_folder(setting, victims, tmp_path):
     """The second one is refused and touches nothing; the lock goes with a kill."""
     out, log = tmp_path / "run", tmp_path / "log"
-    with FolderLock(make(out)):
+    with folder_lock(make(out)):
         before = {path: path.read_bytes() for path in out.iterdir()}
         assert victims.run(argv("sft", setting, out), log) == 1
         assert {path: path.read_bytes() for path in out.iterdir()} == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from engine.config import PPOConfig
@@ -26,7 +25,7 @@ from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.flops import iteration_work
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
-from engine.stages.resources import Load, Machine, describe, load_of, ppo_estimator, settle
+from engine.stages.resources import describe, settle_ppo
 
 LIVE = (
     "objective/scores",
@@ -43,11 +42,10 @@ def train_ppo(config: PPOConfig) -> Path:
     """Runs the stage; the final policy is the Hugging Face folder `config.output_dir`, the value model and the
     averaged policy lie in its `value/` and `ema/`."""
     set_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_ppo_data(config, tokenizer, context)
-    machine, load = Machine(config), load_of_ppo(config, data)
-    config, chosen = settle(config, machine, load, ppo_estimator(config, machine, load))
+    config, chosen = settle_ppo(config, data)
     model = load_policy(config.model_name_or_path, config.dtype, True, config.device)
     policy = HybridEngine(model, tokenizer, Limits(config.max_active, config.kv_cache_gb))
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
@@ -72,19 +70,6 @@ def train_ppo(config: PPOConfig) -> Path:
         export(session, ppo)
         session.say_totals()
     return Path(config.output_dir)
-
-
-def load_of_ppo(config: PPOConfig, data: PPOData) -> Load:
-    """Items are prompts with their answers, of at most response_length, and rows of pretraining text."""
-    answers = config.num_samples * config.response_length
-    lengths = [len(p.tokens) + answers for p in data.train]
-    texts = [] if data.ptx is None else [data.ptx.length]
-    held = [len(row) for row in data.eval_ptx]
-    prompts = -(-config.batch_size // config.num_samples)
-    load = load_of(lengths, prompts, data.longest_prompt)
-    rows = round(config.batch_size * config.ptx_per_episode) * sum(texts)
-    longest = max(load.longest, *texts, *held) if texts or held else load.longest
-    return replace(load, longest=longest, step=max(load.step, rows))
 
 
 def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData) -> None:
