@@ -21,8 +21,9 @@ from typing import Any
 from unittest import mock
 
 from bench import machine
-from bench.floors import Sizes
 from engine.model.transformer import Model
+from engine.run.flops import forward_flops, grouped
+from engine.run.memory import Sizes
 from engine.stages.ppo import reward_sources, score, trainer, update
 
 Row = dict[str, Any]
@@ -76,17 +77,11 @@ def clocked(reference: Model) -> Iterator[dict[str, float]]:
         yield seconds
 
 
-def attention_flop(sizes: Sizes, lengths: Sequence[int]) -> float:
-    """Of causal attention over whole sequences: row t attends to t + 1 keys."""
-    pairs = sum(n * (n + 1) / 2 for n in lengths)
-    return sizes.attention_flop(1, pairs)
-
-
-def phase_flop(sizes: Sizes, prompts: Sequence[int], answers: Sequence[int]) -> dict[str, float]:
+def phase_flop(a: Sizes, prompts: Sequence[int], answers: Sequence[int]) -> dict[str, float]:
     """FLOP by phase, as the module's formulas; one answer a prompt, lengths in tokens."""
-    whole = [p + a for p, a in zip(prompts, answers, strict=True)]
-    trunk = 2 * sizes.layer_elements * sum(whole) + attention_flop(sizes, whole)
-    head = 2 * sizes.head_elements * sum(answers)
+    segments = grouped(prompts, [[n] for n in answers])
+    trunk = forward_flops(a, segments, 0, 0)
+    head = forward_flops(a, [], sum(answers), a.vocab_size)
     return {
         "rollout": trunk + head,
         "reference": trunk + head,

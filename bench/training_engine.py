@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 import engine
-from bench.floors import Sizes
 from bench.ppo_phases import clocked, optimizer_bytes, phase_flop
 from bench.training_peer import Order, Side, Work, batches_of, orders
 from engine import ops
@@ -203,7 +202,7 @@ def ppo(side: Side, lines: Iterator[Order]) -> None:
         if order.get("phases"):
             lengths = [len(p.tokens) for p in rollouts.prompts]
             more["phases"] = clock
-            more["flop"] = phase_flop(Sizes.of(policy.model), lengths, rollouts.lengths)
+            more["flop"] = phase_flop(policy.model.architecture, lengths, rollouts.lengths)
             more["optimizer_bytes"] = optimizer_bytes(trained)
         side.answer(seconds, prompts + answers, {}, **more)
 
