@@ -184,7 +184,8 @@ ENGINE_INLINE void add_pairs(const Lanes& lanes, LaneSums& out) {
     vwide own = grad[i];
     for (int j = i + 1; j < lanes.most; ++j) {
       // e of the loser: positive where i wins, negative where j wins, 0 where there is no pair
-      const vwide loser = (vwide)((vwide_int)e[j] & (rank[i] < rank[j])) - (vwide)((vwide_int)e[i] & (rank[j] < rank[i]));
+      const vwide_int first = rank[i] < rank[j], second = rank[j] < rank[i];
+      const vwide loser = (vwide)((vwide_int)e[j] & first) - (vwide)((vwide_int)e[i] & second);
       const vwide wrong = loser / (e[i] + e[j]);
       own -= wrong;
       grad[j] += wrong;
@@ -212,12 +213,14 @@ ENGINE_INLINE RankingSums prompts_of(const T* rank, const Prompts& prompts, int6
     add_pairs(lanes, sums);
     for (int lane = 0; lane < kHalf && first + lane < prompts.number; ++lane) {
       const int64_t at = prompts.offset[first + lane], n = lanes.answers[lane];
+      const bool apart = !lanes.together[lane];
       RankingSums own{sums.loss[lane], sums.pairs[lane], sums.correct[lane]};
-      if (!lanes.together[lane]) own = one_prompt(prompts.score + at, rank + at, n, sum);
+      if (apart) own = one_prompt(prompts.score + at, rank + at, n, sum);
       const double weight = own.pairs > 0 ? 1.0 / (share_of(reduction, n, own.pairs).divisor * total) : 0.0;
-      for (int64_t i = 0; i < n; ++i)
-        grad[at + i] = own.pairs > 0 ? static_cast<float>(weight * (lanes.together[lane] ? sums.grad[i][lane] : sum[i])) : 0.0f;
-      all.loss += own.pairs > 0 ? weight * own.loss : 0.0;
+      const double* from = apart ? sum : &sums.grad[0][lane];
+      const int64_t step = apart ? 1 : kHalf;
+      for (int64_t i = 0; i < n; ++i) grad[at + i] = static_cast<float>(weight * from[i * step]);
+      all.loss += weight * own.loss;
       all.pairs += own.pairs;
       all.correct += own.correct;
     }
@@ -319,7 +322,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ranking_loss(const at
   const auto check = pick_ranks_are_finite();
   in_blocks(prompts, [&](int64_t b, const Prompts& some) {
     int64_t longest = 0;
-    for (int64_t s = 0; s < some.number; ++s) longest = std::max<int64_t>(longest, some.offset[s + 1] - some.offset[s]);
+    for (int64_t s = 0; s < some.number; ++s)
+      longest = std::max<int64_t>(longest, some.offset[s + 1] - some.offset[s]);
     std::vector<double> room(longest);
     finite[b] = check(some);
     sums[b] = run(some, reduction, total, room.data(), gradients);
