@@ -34,8 +34,8 @@ Row = dict[str, Any]
 ROWS, VOCABULARY, HIDDEN = 2048, 49152, 576  # SmolLM2-135M's head
 CHUNK = 256  # rows of the chunked rival's logits at once: 50 MB of them
 EPISODES, LENGTH, ANSWERS = 512, 1024, 9  # answers of a prompt: the paper's most
-# Of a small op in one round: the best counts, since what disturbs a call only adds to it. On a core that another
-# process uses, a call of two threads waits for a time slice of some milliseconds: twenty calls may all be such.
+# Of a small op in one round: the best counts, since what disturbs a call only adds to it. Beside a process that keeps a
+# core busy, the best of twenty calls of two threads was ten times the undisturbed one.
 CALLS = 200
 OURS = "engine"
 Gradients = tuple[Tensor, Tensor]  # of hidden (N, H) and of the weight (V, H)
