@@ -319,8 +319,8 @@ def within(
         shorter = "shorten max_length (and response_length), leave micro_batch_tokens unset, "
         raise ConfigError(
             f"peak_memory_gb: got {config.peak_memory_gb:g}, the least that this run needs is {least}"
-            f" ({limit / GB:.2f} GB are planned with); {'' if least.phase == 'saves' else shorter}set ema_decay 0 where it"
-            " is not, use a smaller model or reward model, or allow more"
+            f" ({limit / GB:.2f} GB are planned with); {'' if least.phase == 'saves' else shorter}set ema_decay 0 where"
+            " it is not, use a smaller model or reward model, or allow more"
         )
     tokens, mode = enough[0] if enough else max(fits, key=lambda fit: fit[0])
     room = limit - (sampling - least.phases.get("samples", {}).get("cache", 0.0))
