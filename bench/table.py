@@ -1,4 +1,7 @@
-"""`python -m bench.table [DIR]`: the README's tables of rollouts, from DIR/rollout-<class>.json of each class."""
+"""`python -m bench.table [DIR]`: the README's tables, from DIR/*-<class>.json of each class.
+
+Rollouts are made here, training in training_table.py.
+"""
 
 from __future__ import annotations
 
@@ -120,8 +123,11 @@ def render(folder: Path) -> str:
 
 
 def main() -> None:
+    from bench import training_table  # which has this module's figures
+
     default = Path(__file__).with_name("results")
-    print(render(Path(sys.argv[1]) if len(sys.argv) > 1 else default))
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    print(render(folder), training_table.render(folder), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ class CheckpointError(EngineError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class OutputError(EngineError):
+    """The disk, or a folder's rights, refuse what the engine has to write."""
+
+
 class OpError(EngineError):
     """An op got shapes, types or values that it does not take, or a backend that cannot run it."""
 

@@ -207,7 +207,7 @@ class HybridEngine:
         for chosen in cut_by_tokens([len(s) for s in sequences], self.score_tokens):
             batch = pack_sequences([sequences[i] for i in chosen])
             shift = predictions(batch)
-            hidden = transformer.chosen_rows(transformer.forward(self.model, batch), shift.rows)
+            hidden = transformer.forward(self.model, batch, rows=shift.rows)
             values, _ = transformer.logprobs(self.model, hidden, shift.targets, temperature)
             lengths = shift.cu.long().diff().tolist()
             for i, part in zip(chosen, torch.split(to_host(values), lengths), strict=True):

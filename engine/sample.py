@@ -283,7 +283,9 @@ def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 def tell(line: str) -> None:
     """A line on the terminal's error stream, so that output can be piped."""
-    print(f"sample: {line}", file=sys.stderr)
+    from engine.run.console import printable
+
+    print(f"sample: {printable(line)}", file=sys.stderr)
 
 
 def parse(argv: Sequence[str] | None = None) -> SampleConfig:

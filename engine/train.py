@@ -5,8 +5,8 @@
 
     torchrun --nproc_per_node N -m engine.train --stage ...     several processes, weights sharded over them
 
-A preset's values are overridden by those of --config, and these by --key value. Exit codes: 0 done, 2 bad usage,
-3 stopped on request and resumable, 1 failed.
+A preset's values are overridden by those of --config, and these by --key value. Exit codes: 0 done, 3 stopped on
+request and resumable, others failed (1 with a message, 2 bad usage).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,9 +53,7 @@ def preset_names() -> list[str]:
 
 
 def preset_values(name: str, stage: str) -> dict[str, Any]:
-    """    torchrun --nproc_per_node N -m engine.train --stage ...     several processes, weights sharded over them
-
-A preset's values for one stage."""
+    """A preset's values for one stage."""
     if name not in preset_names():
         near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -113,13 +112,27 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
         print("Keys of a stage: python -m engine.train --stage ppo --help")
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else EXIT_USAGE)
     parser = build_parser(first.stage, first.preset)
-    found = parser.parse_args(list(argv))
     kind = STAGES[first.stage]
-    values = parser.instantiate(found).as_dict()
+    try:
+        found = parser.parse_args(appending(argv))
+        values = parser.instantiate(found).as_dict()
+    except EngineError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        parser.error(f"not a config: {type(error).__name__}: {error}")
     for key in ("config", "stage", "preset", "dry_run"):
         values.pop(key, None)
     values.pop("__path__", None)
+    for field in fields(kind):  # jsonargparse lets null pass for any type
+        if values.get(field.name, field) is None and "None" not in str(field.type):
+            raise ConfigError(f"{field.name}: got null, want a value of type {field.type}")
     return first.stage, kind(**values), bool(found.dry_run)
+
+
+def appending(argv: Sequence[str]) -> list[str]:
+    """argv in which every --allow_config_change adds to the list, as jsonargparse writes it."""
+    name = "--allow_config_change"
+    return [re.sub(rf"^{name}(?==|$)", f"{name}+", word) for word in argv]
 
 
 def run(config: RunConfig) -> None:
@@ -153,11 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         stage, config, dry_run = parse(sys.argv[1:] if argv is None else argv)
     except EngineError as error:
-        sys.stderr.write(f"python -m engine.train: {error}\n")
+        failed(error)
         return EXIT_USAGE
     settle_machine(config)
+    from engine.run.console import printable
     from engine.run.distributed import leave
     from engine.run.session import Stopped
+    from engine.stages.out_of_memory import is_out_of_memory, out_of_memory
 
     try:
         if dry_run:
@@ -166,16 +181,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(stage, config)
         else:
             run(config)
-            leave()
+        leave()
     except Stopped as stopped:
         leave()
         if os.environ.get("RANK", "0") == "0":  # under torchrun every process has stopped
-            print(stopped)
+            print(printable(str(stopped)))
         return EXIT_STOPPED
-    except EngineError as error:
-        sys.stderr.write(f"python -m engine.train: {error}\n")
-        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return failed("stopped at once; what was saved stays, --resume_from_checkpoint true goes on from there")
+    except (EngineError, OSError) as error:
+        return failed(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return failed(out_of_memory(config, error))
     return 0
+
+
+def failed(why: object) -> int:
+    """Says why, with control characters written out, since a row or a path may hold some."""
+    from engine.run.console import printable
+
+    sys.stderr.write(f"python -m engine.train: {printable(str(why))}\n")
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -190,6 +190,11 @@ def _fake_pack(dense: Tensor) -> Tensor:
     return dense.new_empty(-(-dense.shape[0] // width) * panel_bytes, dtype=torch.uint8)
 
 
+def packed_bytes(rows: int, cols: int, dtype: torch.dtype) -> int:
+    """Of a weight (rows, cols) packed for this CPU."""
+    return _fake_pack(torch.empty(rows, cols, dtype=dtype, device="meta")).numel()
+
+
 def _tiles(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and cpu_class() == "amx"
 

@@ -44,6 +44,7 @@ def ranking_denominator(rank: Tensor, cu: Tensor, reduction: str = "prompt_mean_
     whole batch.
     """
     check_ranking(rank, cu, reduction)
+    check_finite(rank)
     total = 0
     for segment in rank.split(cu.diff().tolist()):
         pairs = int(_winners(segment).sum())
@@ -88,7 +89,10 @@ def check_ranking(rank: Tensor, cu: Tensor, reduction: str) -> None:
         raise ValueError(
             f"rank: got {rank.dtype} of shape {tuple(rank.shape)}, want (N,) integers or floats"
         )
-    # on the CPU only: on a GPU reading them would wait for all that was launched before
+
+
+def check_finite(rank: Tensor) -> None:
+    """On the CPU only: on a GPU reading them would wait for all that was launched before."""
     if rank.device.type == "cpu" and rank.is_floating_point() and not rank.isfinite().all():
         at = int((~rank.isfinite()).nonzero()[0])
         raise ValueError(
@@ -119,11 +123,15 @@ def ranking_loss(
         loss, num_pairs, num_correct = ranking_loss(score, rank, cu, reduction, denominator=1.0)
         return divided(loss, denominator), num_pairs, num_correct
     divisor = check_denominator(denominator)
-    if choose("ranking_loss", score) == "reference":
+    backend = choose("ranking_loss", score)
+    if backend != "cpp":  # which checks them while it reads them
+        check_finite(rank)
+    if backend == "reference":
         return ranking_loss_reference(score, rank, cu, reduction, divisor)
-    wide_rank = rank.double().contiguous()
+    if backend != "cpp" or rank.dtype != torch.float32:
+        rank = rank.double()
     loss, num_pairs, num_correct, _ = kernel("ranking_loss")(
-        score.contiguous(), wide_rank, cu.contiguous(), REDUCTIONS.index(reduction), divisor
+        score.contiguous(), rank.contiguous(), cu.contiguous(), REDUCTIONS.index(reduction), divisor
     )
     return loss, num_pairs, num_correct
 

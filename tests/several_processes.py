@@ -38,7 +38,7 @@ def start(count: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> None:
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> None:
     """Waits; what the failed ones printed is the assertion's message."""
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     failed = {
@@ -81,8 +81,9 @@ def train(stage: str, config: dict[str, Any], saves: int | None = None) -> None:
     function, kind = stages[stage]
     whole, done = Session.save, []
 
-    def save(self: Session, *arguments: Any) -> None:
-        whole(self, *arguments)
+    def save(self: Session, *arguments: Any, **options: Any) -> None:
+        whole(self, *arguments, **options)
+        self.wait_for_save()
         done.append(1)
         if len(done) == saves:
             raise Cut

@@ -62,6 +62,18 @@ def test_sampled_programs_stand_for_all(rows):
     assert work.exponentials == rows * 1536 and work.kernels == {"_backward": 1}
 
 
+def test_programs_of_unequal_work_are_counted_more():
+    """Every fifth tile of attention's rows is empty here, and so are the programs at 1/8, 3/8, 5/8, 7/8 of the grid."""
+    case = case_of("attention", "forward, 135M")
+    given = case.make("cpu", torch.bfloat16, **case.full)
+    work = counted(lambda: case.run(*given))
+    pairs = case.flops(2, **case.full)
+    assert 0.7 * pairs < work.flops < 2 * pairs
+    compulsory = case.bytes(2, **case.full)
+    assert 0.7 * compulsory < work.memory <= compulsory
+    assert {len(ledger_count._places(n)) for n in range(40)} == {*range(17)}
+
+
 def test_what_is_read_again_is_requested_and_not_memory():
     case = case_of("linear_logprob", "forward")
     shape = {"N": 300, "V": 700, "H": 64}

@@ -12,6 +12,7 @@ from rich.console import Console
 from test_layout import tracked
 
 import engine
+from bench import training_table
 from bench.table import render
 from engine.config import STAGES
 from engine.demo import closing
@@ -136,6 +137,12 @@ def test_the_other_class_of_cpu_is_the_recorded_run():
 
 def test_the_tables_of_rollouts_are_the_recorded_runs():
     assert f"\n{render(ROOT / 'bench/results')}\n" in TEXT, (
+        "paste what `python -m bench.table` prints"
+    )
+
+
+def test_the_tables_of_training_are_the_recorded_runs():
+    assert f"\n{training_table.render(ROOT / 'bench/results')}\n" in TEXT, (
         "paste what `python -m bench.table` prints"
     )
 

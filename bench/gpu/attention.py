@@ -85,7 +85,8 @@ def backward_bytes(size: int, HQ: int, HK: int, D: int, **shape: int) -> float: 
 
 
 SMOLLM2, LLAMA = {"HQ": 9, "HK": 3, "D": 64}, {"HQ": 32, "HK": 8, "D": 128}
-FEW = {"HQ": 3, "HK": 1, "D": 64}
+GEMMA = {"HQ": 16, "HK": 8, "D": 256}  # Gemma 2 9B: the tables' row for more than 128 channels
+FEW, WIDE = {"HQ": 3, "HK": 1, "D": 64}, {"HQ": 2, "HK": 1, "D": 256}
 WHY = "each query head and block of rows reads its keys again (from the L2 cache)"
 WHY_BACKWARD = f"two kernels read all inputs, and {WHY}, as each block of keys its rows"
 
@@ -130,4 +131,6 @@ CASES = [
         {**GROUP, **FEW},
         2.8,
     ),
+    case("forward", "9B, 256 channels", {"S": 4, "T": 2048, **GEMMA}, {"S": 2, "T": 60, **WIDE}, 2.2),
+    case("backward", "9B, 256 channels", {"S": 4, "T": 2048, **GEMMA}, {"S": 2, "T": 60, **WIDE}, 2.8),
 ]

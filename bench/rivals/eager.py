@@ -227,11 +227,49 @@ def linear_sample(name: str, dtype: torch.dtype, N: int, V: int, H: int) -> Eage
     return (_fixed(N, H, dtype=dtype), _fixed(V, H, dtype=dtype)), forward
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, heads, rows, D) of (B, heads, rows, D) and keys and values of (B, key heads, keys, D)."""
+    group, size = q.shape[1] // k.shape[1], q.shape[3]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * size**-0.5
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def attention(
+    name: str,
+    dtype: torch.dtype,
+    HQ: int,
+    HK: int,
+    D: int,
+    S: int = 0,
+    T: int = 0,
+    G: int = 0,
+    A: int = 0,
+    L: int = 0,
+) -> Eager:
+    """Hugging Face's "eager": heads of keys repeated, all scores in memory, softmax in float32. A prompt that
+    answers share is repeated before each."""
+    rows, length = (G * A, T + L) if G else (S, T)
+    given = tuple(_leaf(rows, heads, length, D, dtype=dtype) for heads in (HQ, HK, HK))
+    return (*given, _fixed(1, 1, length, length, dtype=dtype)), _attended
+
+
+def attention_decode(
+    name: str, dtype: torch.dtype, R: int, T: int, HQ: int, HK: int, D: int
+) -> Eager:
+    """The same for one row a sequence, over a cache in one piece."""
+    given = tuple(_fixed(R, heads, n, D, dtype=dtype) for heads, n in ((HQ, 1), (HK, T), (HK, T)))
+    return given, lambda q, k, v: _attended(q, k, v, None)
+
+
 WORK: dict[str, Callable[..., Eager]] = {
     work.__name__: work
     for work in (
         linear_logprob, ppo_policy_loss, ppo_value_loss, gae, kl_reward, kl_reward_gae, whiten, ranking_loss, swiglu,
-        gelu, rmsnorm, layernorm, rope, adamw, linear, linear_sample,
+        gelu, rmsnorm, layernorm, rope, adamw, linear, linear_sample, attention,
+        attention_decode,
     )
 }  # fmt: skip
 
@@ -250,7 +288,7 @@ def run(
     op: str, name: str, dtype: torch.dtype, shape: dict[str, int], counting: Callable[[], Any]
 ) -> Any:
     """Counts the phases of a case inside `counting()`, whose result is given back."""
-    times = shape.get("T", 0) / LONGEST
+    times = shape["T"] / LONGEST if "gae" in op else 1
     if times > 1:
         work = _run(op, name, dtype, {**shape, "T": LONGEST}, counting)
         work.memory, work.requested = work.memory * times, work.requested * times

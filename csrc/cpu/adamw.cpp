@@ -49,6 +49,7 @@ ENGINE_KERNEL(double, square_sum, (const float* x, int64_t n))
 #endif
 
 #include "activation.h"
+#include "vec_double.h"
 
 namespace engine::ENGINE_CLASS {
 
@@ -100,15 +101,10 @@ void adamw_elements(const AdamW& step, const AdamWElements& all, int64_t n) {
   });
 }
 
-// Vectors of a register's size: GCC keeps sums of larger ones in memory.
-typedef double vwide __attribute__((vector_size(4 * ENGINE_LANES)));
-typedef float vhalf __attribute__((vector_size(2 * ENGINE_LANES)));
-constexpr int kHalf = kLanes / 2, kChains = 4;  // one chain alone waits for its own additions
+constexpr int kChains = 4;  // one chain alone waits for its own additions
 
 ENGINE_INLINE vwide squares(const float* x) {
-  vhalf v;
-  std::memcpy(&v, x, sizeof(v));
-  const vwide wide = __builtin_convertvector(v, vwide);
+  const vwide wide = load_wide(x);
   return wide * wide;
 }
 
@@ -120,12 +116,7 @@ double square_sum(const float* x, int64_t n) {
     for (int chain = 0; chain < kChains; ++chain) sums[chain] += squares(x + i + chain * kHalf);
   double rest = 0.0;
   for (; i < n; ++i) rest += static_cast<double>(x[i]) * x[i];
-  const vwide sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double lanes[kHalf];
-  std::memcpy(lanes, &sum, sizeof(sum));
-  for (int half = kHalf / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0] + rest;
+  return hsum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
 }  // namespace engine::ENGINE_CLASS

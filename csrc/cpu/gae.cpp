@@ -3,9 +3,8 @@
 
 #include "dispatch.h"
 
-// One episode, from its last token to its first: two dependent multiply-adds a token, so there is nothing to
-// vectorise within an episode; threads take episodes. In float64: in float32 the rounding of gamma * lam alone would
-// add up over an answer's length.
+// One episode, from its last token to its first; threads take episodes. In float64: in float32 the rounding of
+// gamma * lam alone would add up over an answer's length.
 ENGINE_KERNEL(void, gae_episode,
               (const float* reward, const float* value, int64_t length, double gamma, double lam, float bootstrap,
                float* advantage, float* returns))
@@ -14,17 +13,67 @@ ENGINE_KERNEL(void, gae_episode_backward,
                float* grad_reward, float* grad_value, float* grad_bootstrap))
 
 #ifdef ENGINE_CLASS
+#include "vec_double.h"
+
 namespace engine::ENGINE_CLASS {
+
+// x_t = delta_t + c x_{t+1} over a vector of H tokens, in log2(H) steps (Hillis and Steele 1986): after the step of
+// width w a lane holds the terms of w more tokens. What comes from beyond the vector is `carry`, times a power of c:
+// from one vector to the next there is one multiply-add to wait for, not one a token.
+struct Discount {
+  double once;           // c
+  double twice, fourth;  // c^2, c^4
+  double all;            // c^H
+  vwide before, after;   // lane i: c^(H-i), of the carry from behind; c^(i+1), of the carry from in front
+};
+
+ENGINE_INLINE Discount powers_of(double c) {
+  double before[kHalf], after[kHalf], power = 1.0;
+  for (int i = 0; i < kHalf; ++i) before[kHalf - 1 - i] = after[i] = power *= c;
+  Discount out{c, c * c, (c * c) * (c * c), power, {}, {}};
+  std::memcpy(&out.before, before, sizeof(before));
+  std::memcpy(&out.after, after, sizeof(after));
+  return out;
+}
+
+// Sums over the lanes behind each lane, and over those in front of it.
+ENGINE_INLINE vwide scan_back(vwide x, const Discount& c) {
+  const vwide none{};
+  x += c.once * window<1>(x, none);
+  if constexpr (kHalf > 2) x += c.twice * window<2 % kHalf>(x, none);
+  if constexpr (kHalf > 4) x += c.fourth * window<4 % kHalf>(x, none);
+  return x;
+}
+ENGINE_INLINE vwide scan_forward(vwide x, const Discount& c) {
+  const vwide none{};
+  x += c.once * window<kHalf - 1>(none, x);
+  if constexpr (kHalf > 2) x += c.twice * window<kHalf - 2>(none, x);
+  if constexpr (kHalf > 4) x += c.fourth * window<(kHalf > 4 ? kHalf - 4 : 0)>(none, x);
+  return x;
+}
 
 void gae_episode(const float* reward, const float* value, int64_t length, double gamma, double lam, float bootstrap,
                  float* advantage, float* returns) {
+  const Discount discount = powers_of(gamma * lam);
   double next_value = bootstrap, next_advantage = 0.0;
-  for (int64_t t = length - 1; t >= 0; --t) {
+  int64_t t = length;
+  while (t > 0 && (t == length || t % kHalf != 0)) {  // so that a vector's last token has a value behind it
+    --t;
     const double delta = reward[t] + gamma * next_value - value[t];
-    next_advantage = delta + gamma * lam * next_advantage;
+    next_advantage = delta + discount.once * next_advantage;
     next_value = value[t];
     advantage[t] = static_cast<float>(next_advantage);
     returns[t] = static_cast<float>(next_advantage + next_value);
+  }
+  while (t > 0) {
+    t -= kHalf;
+    const vwide v = load_wide(value + t);
+    const vwide delta = load_wide(reward + t) + gamma * load_wide(value + t + 1) - v;
+    const vwide own = scan_back(delta, discount);
+    const vwide all = own + discount.before * next_advantage;
+    next_advantage = own[0] + discount.all * next_advantage;
+    store_narrow(advantage + t, all);
+    store_narrow(returns + t, all + v);
   }
 }
 
@@ -32,10 +81,21 @@ void gae_episode(const float* reward, const float* value, int64_t length, double
 // d reward_k = G_k, d value_k = grad_returns_k - G_k + gamma G_{k-1}, d bootstrap = gamma G_last.
 void gae_episode_backward(const float* grad_advantage, const float* grad_returns, int64_t length, double gamma,
                           double lam, float* grad_reward, float* grad_value, float* grad_bootstrap) {
+  const Discount discount = powers_of(gamma * lam);
   double grad_delta = 0.0;
-  for (int64_t t = 0; t < length; ++t) {
+  int64_t t = 0;
+  for (; t + kHalf <= length; t += kHalf) {
+    const vwide g = load_wide(grad_returns + t);
+    const vwide own = scan_forward(load_wide(grad_advantage + t) + g, discount);
+    const vwide all = own + discount.after * grad_delta;
+    const vwide previous = window<kHalf - 1>(splat_wide(grad_delta), all);
+    grad_delta = own[kHalf - 1] + discount.all * grad_delta;
+    store_narrow(grad_reward + t, all);
+    store_narrow(grad_value + t, g - all + gamma * previous);
+  }
+  for (; t < length; ++t) {
     const double previous = grad_delta;
-    grad_delta = grad_advantage[t] + grad_returns[t] + gamma * lam * previous;
+    grad_delta = grad_advantage[t] + grad_returns[t] + discount.once * previous;
     grad_reward[t] = static_cast<float>(grad_delta);
     grad_value[t] = static_cast<float>(grad_returns[t] - grad_delta + gamma * previous);
   }

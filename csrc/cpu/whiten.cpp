@@ -3,9 +3,10 @@
 
 #include "dispatch.h"
 
-ENGINE_KERNEL(double, sum_of, (const float* x, int64_t n))
-ENGINE_KERNEL(double, sum_of_squares, (const float* x, int64_t n, double mean))
-ENGINE_KERNEL(double, sum_of_products, (const float* x, const float* grad, int64_t n, double mean))
+// Of one block: its sum, and the sum of the squares around its own mean. Both passes run while it lies in the cache.
+ENGINE_KERNEL(void, block_moments, (const float* x, int64_t n, double* moments))
+// Of one block: the sum of grad, and that of (x - mean) * grad.
+ENGINE_KERNEL(void, block_products, (const float* x, const float* grad, int64_t n, double mean, double* products))
 // y = (x - mean) * scale + shift.
 ENGINE_KERNEL(void, scale_tokens, (const float* x, int64_t n, double mean, double scale, double shift, float* y))
 // grad_x = scale * grad + slope * (x - mean) + shift.
@@ -18,49 +19,63 @@ ENGINE_KERNEL(void, scale_tokens_backward,
 
 namespace engine::ENGINE_CLASS {
 
-double sum_of(const float* x, int64_t n) {
-  vdouble sum{};
+constexpr int kChains = 4;  // one chain alone waits for its own additions
+
+ENGINE_INLINE double sum_of_chains(const vwide* sums) { return hsum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+void block_moments(const float* x, int64_t n, double* moments) {
+  vwide sums[kChains] = {}, squares[kChains] = {};
+  double sum = 0.0, square = 0.0;  // of the tokens behind the last whole vectors
   int64_t t = 0;
-  for (; t + kLanes <= n; t += kLanes) sum += widen(load(x + t));
-  if (t < n) sum += widen(load_part(x + t, n - t, 0));
-  return hsum(sum);
+  for (; t + kChains * kHalf <= n; t += kChains * kHalf)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) sums[chain] += load_wide(x + t + chain * kHalf);
+  const int64_t whole = t;
+  for (; t < n; ++t) sum += x[t];
+  moments[0] = sum_of_chains(sums) + sum;
+  const double mean = moments[0] / static_cast<double>(n);
+  for (t = 0; t < whole; t += kChains * kHalf)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      const vwide centred = load_wide(x + t + chain * kHalf) - mean;
+      squares[chain] += centred * centred;
+    }
+  for (; t < n; ++t) square += (x[t] - mean) * (x[t] - mean);
+  moments[1] = sum_of_chains(squares) + square;
 }
 
-double sum_of_squares(const float* x, int64_t n, double mean) {
-  vdouble sum{};
+void block_products(const float* x, const float* grad, int64_t n, double mean, double* products) {
+  vwide sums[kChains] = {}, crosses[kChains] = {};
+  double sum = 0.0, cross = 0.0;
   int64_t t = 0;
-  for (; t + kLanes <= n; t += kLanes) {
-    const vdouble centred = widen(load(x + t)) - mean;
-    sum += centred * centred;
+  for (; t + kChains * kHalf <= n; t += kChains * kHalf)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      const int64_t at = t + chain * kHalf;
+      const vwide g = load_wide(grad + at);
+      sums[chain] += g;
+      crosses[chain] += (load_wide(x + at) - mean) * g;
+    }
+  for (; t < n; ++t) {
+    sum += grad[t];
+    cross += (x[t] - mean) * grad[t];
   }
-  double rest = 0.0;  // lanes beyond the end would add the square of the mean
-  for (; t < n; ++t) rest += (x[t] - mean) * (x[t] - mean);
-  return hsum(sum) + rest;
-}
-
-double sum_of_products(const float* x, const float* grad, int64_t n, double mean) {
-  vdouble sum{};
-  int64_t t = 0;
-  for (; t + kLanes <= n; t += kLanes) sum += (widen(load(x + t)) - mean) * widen(load(grad + t));
-  if (t < n) sum += (widen(load_part(x + t, n - t, 0)) - mean) * widen(load_part(grad + t, n - t, 0));
-  return hsum(sum);
+  products[0] = sum_of_chains(sums) + sum;
+  products[1] = sum_of_chains(crosses) + cross;
 }
 
 void scale_tokens(const float* x, int64_t n, double mean, double scale, double shift, float* y) {
   int64_t t = 0;
-  for (; t + kLanes <= n; t += kLanes) store(y + t, narrow((widen(load(x + t)) - mean) * scale + shift));
-  if (t < n) store_part(y + t, narrow((widen(load_part(x + t, n - t, 0)) - mean) * scale + shift), n - t);
+  for (; t + kHalf <= n; t += kHalf) store_narrow(y + t, (load_wide(x + t) - mean) * scale + shift);
+  for (; t < n; ++t) y[t] = static_cast<float>((x[t] - mean) * scale + shift);
 }
 
 void scale_tokens_backward(const float* x, const float* grad, int64_t n, double mean, double scale, double slope,
                            double shift, float* grad_x) {
   int64_t t = 0;
-  for (; t + kLanes <= n; t += kLanes)
-    store(grad_x + t,
-          narrow(widen(load(grad + t)) * scale + (widen(load(x + t)) - mean) * slope + shift));
-  if (t == n) return;
-  const vdouble g = widen(load_part(grad + t, n - t, 0)), centred = widen(load_part(x + t, n - t, 0)) - mean;
-  store_part(grad_x + t, narrow(g * scale + centred * slope + shift), n - t);
+  for (; t + kHalf <= n; t += kHalf)
+    store_narrow(grad_x + t, load_wide(grad + t) * scale + (load_wide(x + t) - mean) * slope + shift);
+  for (; t < n; ++t) grad_x[t] = static_cast<float>(grad[t] * scale + (x[t] - mean) * slope + shift);
 }
 
 }  // namespace engine::ENGINE_CLASS
@@ -68,6 +83,7 @@ void scale_tokens_backward(const float* x, const float* grad, int64_t n, double 
 
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "blocks.h"
@@ -82,17 +98,20 @@ struct Statistics {
   double mean, scale;  // scale = 1 / sqrt(variance + eps)
 };
 
+// One read of x: the squares around each block's mean, moved to the mean of all (Chan et al. 1979).
 Statistics statistics(const float* x, int64_t num_tokens) {
-  const auto sum = pick_sum_of();
-  const auto squares = pick_sum_of_squares();
-  const double count = static_cast<double>(num_tokens);
-  const double mean = sum_blocks<1>(num_tokens, [&](int64_t at, int64_t n, double* out) {
-    *out = sum(x + at, n);
-  })[0] / count;
-  const double variance = sum_blocks<1>(num_tokens, [&](int64_t at, int64_t n, double* out) {
-    *out = squares(x + at, n, mean);
-  })[0] / count;
-  return {mean, 1.0 / std::sqrt(variance + kEps)};
+  const auto run = pick_block_moments();
+  const auto blocks = each_block<2>(num_tokens, [&](int64_t at, int64_t n, double* out) { run(x + at, n, out); });
+  double sum = 0.0, squares = 0.0;
+  for (const auto& block : blocks) sum += block[0];
+  const double mean = sum / static_cast<double>(num_tokens);
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const int64_t begin = static_cast<int64_t>(b) * kBlockTokens;
+    const double count = static_cast<double>(std::min(kBlockTokens, num_tokens - begin));
+    const double apart = blocks[b][0] / count - mean;
+    squares += blocks[b][1] + count * apart * apart;
+  }
+  return {mean, 1.0 / std::sqrt(squares / static_cast<double>(num_tokens) + kEps)};
 }
 
 at::Tensor whiten(const at::Tensor& x, bool shift_mean) {
@@ -120,12 +139,10 @@ at::Tensor whiten_backward(const at::Tensor& grad, const at::Tensor& x, bool shi
   const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
   float* out = grad_x.data_ptr<float>();
   const Statistics s = statistics(in, num_tokens);
-  const auto sum = pick_sum_of();
-  const auto products = pick_sum_of_products();
+  const auto products = pick_block_products();
   const double count = static_cast<double>(num_tokens);
   const auto total = sum_blocks<2>(num_tokens, [&](int64_t at, int64_t n, double* part) {
-    part[0] = sum(g + at, n);
-    part[1] = products(in + at, g + at, n, s.mean);
+    products(in + at, g + at, n, s.mean, part);
   });
   const double mean_grad = total[0] / count;
   const double slope = -s.scale * s.scale * s.scale * total[1] / count;

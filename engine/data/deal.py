@@ -25,8 +25,13 @@ class Pass:
     counts: bool
 
     def loss(self, loss: Tensor) -> Tensor:  # () -> ()
-        """The loss to take the gradient of: of a filler 0, with a gradient of zeros."""
-        return loss if self.counts else loss * 0.0
+        """The loss to take the gradient of."""
+        return counted(loss, self.counts)
+
+
+def counted(loss: Tensor, counts: bool) -> Tensor:  # () -> ()
+    """The loss of a pass; of a filler 0, with a gradient of zeros."""
+    return loss if counts else loss * 0.0
 
 
 def own_passes(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[Pass]:

@@ -19,6 +19,7 @@ from math import floor, isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Literal, TypeVar, cast
 
+from engine.data.saved import is_saved, read_saved, split_names
 from engine.errors import DataError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ SUFFIXES = (*JSON_LINES, ".parquet")
 SPLIT_NAMES = ("train", "validation", "valid", "val", "eval", "test", "dev")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 EXAMPLES_SHOWN = 5
+LINE_BYTES = 2**26  # a longer line is no row; a file without line ends must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -226,13 +228,19 @@ def read_json_lines(path: Path) -> Iterator[Row]:
         while True:
             number += 1
             try:
-                line = lines.readline()
+                line = lines.readline(LINE_BYTES + 1)
+                rest = line
+                while len(rest) > LINE_BYTES:
+                    rest = lines.readline(LINE_BYTES + 1)
             except (OSError, EOFError, zlib.error) as error:
                 reason = f"the file breaks off here: {error}"
                 raise DataError(f"{path}:{number}", reason, "broken file") from error
             if not line:
                 return
-            if line.strip():
+            if len(line) > LINE_BYTES:
+                bad = BadRow("broken line", f"it has more than {LINE_BYTES} bytes")
+                yield Row(f"{path}:{number}", source_label(path), {}, bad)
+            elif line.strip():
                 yield parse_line(line, f"{path}:{number}", source_label(path))
 
 
@@ -264,7 +272,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for columns in batch.to_pylist():
                 number += 1
                 yield Row(f"{path}:row {number}", source_label(path), columns)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last three are Arrow's too
         raise DataError(str(path), f"not a parquet file: {error}", "broken file") from error
 
 
@@ -274,15 +282,12 @@ def read_folder(folder: Path, source: DataSource) -> Iterator[Row]:
     Files whose name (or folder below ``folder``) names the split are read, sorted by path; if no
     file names any split, all of them are the train split.
     """
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        from datasets import load_from_disk
-
-        loaded: Any = load_from_disk(str(folder))
-        if hasattr(loaded, "keys"):
-            if source.split not in loaded:
-                raise no_split(str(folder), source.split, list(loaded))
-            loaded = loaded[source.split]
-        yield from number_rows(loaded, f"{folder}[{source.split}]", folder.name)
+    if is_saved(folder):
+        splits_there = split_names(folder)
+        if splits_there is not None and source.split not in splits_there:
+            raise no_split(str(folder), source.split, splits_there)
+        rows = read_saved(folder if splits_there is None else folder / source.split)
+        yield from number_rows(rows, f"{folder}[{source.split}]", folder.name)
         return
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:

@@ -129,6 +129,11 @@ class PretrainRows:
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def length(self) -> int:
+        """L."""
+        return int(self.table.shape[1])
+
     def __getitem__(self, number: int) -> list[int]:
         return [int(token) for token in self.table[number]]
 

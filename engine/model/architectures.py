@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.errors import ModelError
+from engine.errors import EngineError, ModelError
 
 from .rotary import Rope, read_rope
+
+MAX_LAYERS = 10_000  # more is no model, but a file that would fill the memory with names
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -86,7 +88,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         ModelError: an unknown ``model_type``, a size missing, or a setting that is not supported.
     """
     family = config.get("model_type")
-    if family not in READERS:
+    if not isinstance(family, str) or family not in READERS:
         known = ", ".join(READERS)
         raise ModelError(f"config.json: model_type: got {family!r}, want one of {known}")
     for key in ("quantization_config", "pruned_heads", "is_encoder_decoder", "add_cross_attention"):
@@ -95,7 +97,17 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
                 f"config.json: {key}: got {config[key]!r}, want it absent: a plain decoder in"
                 " float weights"
             )
-    return READERS[family](config)
+    try:
+        architecture = READERS[family](config)
+    except EngineError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"config.json: a setting is of another type than {family} models have ({error})"
+        ) from error
+    if architecture.num_layers > MAX_LAYERS:
+        raise ModelError(f"config.json: got {architecture.num_layers} layers, want at most {MAX_LAYERS}")
+    return architecture
 
 
 def _gpt2(config: Mapping[str, Any]) -> Architecture:

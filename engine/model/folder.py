@@ -30,7 +30,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: no such file; want a Hugging Face model folder with {path.name} in it"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: got a JSON {type(value).__name__}, want an object")
@@ -94,6 +96,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         promised = read_json(folder / INDEX).get("weight_map")
         if not isinstance(promised, dict):
             raise ModelError(f"{folder / INDEX}: no weight_map in it; download the folder again")
+        for name, file in promised.items():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\0" in file:
+                raise ModelError(
+                    f"{folder / INDEX}: {name} is said to be in {str(file)[:80]!r}, want a file of the same folder"
+                )
         paths = [folder / file for file in sorted(set(promised.values()))]
         gone = [path.name for path in paths if not path.is_file()]
         if gone:

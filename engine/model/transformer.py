@@ -15,9 +15,8 @@ rows.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -40,6 +39,8 @@ from engine.kernels.swiglu import swiglu
 from engine.run.device import to_device
 
 from .architectures import Architecture
+from .checkpointing import Checkpointing, computed_again, made_again, saved_as
+from .dropout import Dropout
 from .rotary import rope_table
 from .storage import Weights
 
@@ -72,9 +73,7 @@ class Model:
     def act_dtype(self) -> torch.dtype:
         """Dtype of activations between ops: bfloat16 only where the products want bfloat16
         operands, as a GPU's do."""
-        if self.device.type != "cpu" or not kernels_usable():
-            return self.dtype
-        return self.dtype if cpu_class() == "amx" else torch.float32
+        return activation_dtype(self.dtype, self.device)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -133,6 +132,13 @@ class Model:
         self.weights.load_state(state)
 
 
+def activation_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of activations between ops, in a model whose compute copy is of dtype `storage`."""
+    if device.type != "cpu" or not kernels_usable():
+        return storage
+    return storage if cpu_class() == "amx" else torch.float32
+
+
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 
@@ -150,44 +156,6 @@ def whole(model: AnyModel) -> AnyModel:
 
 
 @dataclass(frozen=True)
-class Dropout:
-    """Residual dropout, on the output of each sub-layer: kept entries are divided by 1 - p.
-
-    ``segments`` are (address, number of rows) of the batch's segments, in order. The mask is a
-    function of (seed, step, layer, sub-layer, address, row of the segment, channel) alone: not of
-    how a step's sequences were cut into micro-batches, nor of what else drew random numbers.
-    """
-
-    p: float
-    seed: int
-    step: int
-    segments: tuple[tuple[int, int], ...]
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.p < 1.0:
-            raise ModelError(f"dropout: got p = {self.p}, want 0 <= p < 1")
-
-    def __call__(self, x: Tensor, layer: int, sublayer: int) -> Tensor:  # (N, H) -> (N, H)
-        if self.p == 0.0:
-            return x
-        uniform = torch.cat(
-            [
-                self._uniform(layer, sublayer, address, rows, x.shape[1])
-                for address, rows in self.segments
-            ]
-        )
-        if len(uniform) != len(x):
-            raise ModelError(f"dropout: segments of {len(uniform)} rows, the batch has {len(x)}")
-        return x * ((to_device(uniform, x.device) >= self.p) / (1.0 - self.p))
-
-    def _uniform(self, layer: int, sublayer: int, address: int, rows: int, width: int) -> Tensor:
-        words = struct.pack("<5q", self.seed, self.step, layer, sublayer, address)
-        key = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
-        generator = torch.Generator().manual_seed(key & (2**63 - 1))
-        return torch.rand(rows, width, generator=generator)  # (rows, width)
-
-
-@dataclass(frozen=True)
 class _Pass:
     """What every layer of one forward shares."""
 
@@ -197,6 +165,7 @@ class _Pass:
     dropout: Dropout | None
     rope_table: Tensor | None  # (P, R)
     act_dtype: torch.dtype
+    selective: bool  # keeps only what is expensive to make again
 
     def norm(self, module: str, x: Tensor) -> Tensor:  # (N, any) -> same, act_dtype
         a, weights = self.model.architecture, self.model.weights
@@ -205,8 +174,13 @@ class _Pass:
             return rmsnorm(x, weight, a.norm_eps, self.act_dtype)
         return layernorm(x, weight, weights.vector(f"{module}.bias"), a.norm_eps, self.act_dtype)
 
-    def drop(self, x: Tensor, layer: int, sublayer: int) -> Tensor:
-        return x if self.dropout is None else self.dropout(x, layer, sublayer)
+    def reading_norm(self, module: str, x: Tensor, normed: Tensor) -> AbstractContextManager[object]:
+        """The block's products read ``normed`` = norm(x), which need not be kept beside x."""
+        x = x.detach()
+        return made_again(self.selective, normed, lambda: self.norm(module, x))
+
+    def drop(self, x: Tensor, layer: int, sublayer: int, rows: Tensor | None) -> Tensor:
+        return x if self.dropout is None else self.dropout(x, layer, sublayer, rows)
 
 
 def hidden_states(
@@ -215,9 +189,12 @@ def hidden_states(
     positions: Tensor,  # (N,) int64, of the host or the model's device
     attend: Attend,
     dropout: Dropout | None = None,
-) -> Tensor:  # (N, H), act_dtype
+    rows: Tensor | None = None,  # (M,) int64, all different, on the model's device
+    checkpointing: Checkpointing = "selective",
+) -> Tensor:  # (N, H), or (M, H) of ``rows``, act_dtype
     """Hidden states after the final norm, one a token; see the module's docstring for the
-    equations.
+    equations. With ``rows``, those of these rows only: the last layer makes keys and values of
+    all rows, and queries and everything behind attention of these.
 
     ``attend(layer, q, k, v)`` is attention of the given rows, with q and k already rotated. Ids are checked where they
     lie on the host; on a GPU reading them would wait for all that was launched before.
@@ -234,24 +211,46 @@ def hidden_states(
     tokens, positions = to_device(tokens, model.device), to_device(positions, model.device)
     table = None
     if a.rope is not None:
-        rows = max(SMALLEST_TABLE, 1 << longest.bit_length())
-        table = rope_table(a.rope, rows, model.device)
-    step = _Pass(model, positions, attend, dropout, table, model.act_dtype)
-    return weights.through("", partial(_network, step), tokens)
+        length = max(SMALLEST_TABLE, 1 << longest.bit_length())
+        table = rope_table(a.rope, length, model.device)
+    selective, full = checkpointing == "selective", checkpointing == "full"
+    step = _Pass(model, positions, attend, dropout, table, model.act_dtype, selective)
+    return weights.through("", partial(_network, step, rows, full), tokens)
 
 
 def forward(
-    model: Model, batch: Packed, dropout: Dropout | None = None
-) -> Tensor:  # (N, H), act_dtype
+    model: Model,
+    batch: Packed,
+    dropout: Dropout | None = None,
+    rows: Tensor | None = None,  # (M,) int64 of the host, in any order, repeated where wanted
+    checkpointing: Checkpointing = "selective",
+) -> Tensor:  # (N, H), or (M, H) of ``rows``, act_dtype
     """Hidden states of a packed batch: every segment sees itself and, where it has one, its
-    prefix. The batch comes from the host."""
+    prefix. The batch comes from the host.
+
+    ``rows``: what is read of them. ``forward(model, batch, rows=rows)`` is ``forward(model,
+    batch)[rows]``, to the bit where the model is batch-invariant, without the work on other rows that
+    only the last layer's output would show. ``checkpointing``: what is kept for the backward; it
+    changes memory and time, no bit.
+    """
     cu = to_device(batch.cu_seqlens, model.device)
     prefix = None if batch.prefix is None else to_device(batch.prefix, model.device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, cu, prefix)
 
-    return hidden_states(model, batch.tokens, batch.positions, attend, dropout)
+    def hidden(of: Tensor | None) -> Tensor:
+        return hidden_states(
+            model, batch.tokens, batch.positions, attend, dropout, of, checkpointing
+        )
+
+    if rows is None:
+        return hidden(None)
+    distinct, places = torch.unique(rows, return_inverse=True)
+    if len(distinct) == len(batch.tokens):
+        return chosen_rows(hidden(None), rows)
+    made = hidden(to_device(distinct, model.device))
+    return made if torch.equal(distinct, rows) else chosen_rows(made, places)
 
 
 def chosen_rows(hidden: Tensor, rows: Tensor) -> Tensor:  # (N, H), (M,) of the host -> (M, H)
@@ -277,38 +276,68 @@ def logits(model: Model, hidden: Tensor) -> Tensor:  # (M, H) -> (M, V) float32
     return linear(hidden, model.head, None, master, torch.float32)
 
 
-def _network(step: _Pass, tokens: Tensor) -> Tensor:  # (N,) -> (N, H), act_dtype
+def _network(
+    step: _Pass, rows: Tensor | None, full: bool, tokens: Tensor
+) -> Tensor:  # (N,) -> (N, H), or (M, H) of ``rows`` (M,), act_dtype
     a, weights = step.model.architecture, step.model.weights
     x = weights.lookup("embed_tokens.weight", tokens)  # (N, H) float32
     if a.rope is None:
         x = x + weights.lookup("embed_positions.weight", step.positions)
     for layer in range(a.num_layers):
-        x = weights.through(f"layers.{layer}", partial(_block, step, layer), x)
+        block = partial(_block, step, layer, rows=rows if layer == a.num_layers - 1 else None)
+        x = weights.through(f"layers.{layer}", partial(computed_again, full, block), x)
     return step.norm("norm", x)
 
 
-def _block(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) float32 -> same
+def _block(
+    step: _Pass, layer: int, x: Tensor, rows: Tensor | None = None
+) -> Tensor:  # (N, H) float32 -> same, or (M, H) of ``rows`` (M,)
     name = f"layers.{layer}"
-    mixed = _attention(step, layer, step.norm(f"{name}.input_layernorm", x))
-    after = x + step.drop(mixed, layer, 0)
-    read = x if step.model.architecture.parallel_residual else after
-    inner = _mlp(step, f"{name}.mlp", step.norm(f"{name}.post_attention_layernorm", read))
-    return after + step.drop(inner, layer, 1)
+    mixed = _attention(step, layer, x, rows)
+    kept = x if rows is None else x.index_select(0, rows)
+    after = kept + step.drop(mixed, layer, 0, rows)
+    read = kept if step.model.architecture.parallel_residual else after
+    inner = _mlp(step, name, read)
+    return after + step.drop(inner, layer, 1, rows)
 
 
-def _attention(step: _Pass, layer: int, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
-    a, weights, module = step.model.architecture, step.model.weights, f"layers.{layer}.self_attn"
-    flat = weights.project(x, (f"{module}.q_proj", f"{module}.k_proj", f"{module}.v_proj"))
+def _attention(
+    step: _Pass, layer: int, x: Tensor, rows: Tensor | None
+) -> Tensor:  # (N, H) -> (N, H) float32, or (M, H) of ``rows`` (M,)
+    weights, module = step.model.weights, f"layers.{layer}.self_attn"
+    norm, dtype = f"layers.{layer}.input_layernorm", step.model.kv_dtype
+    normed = step.norm(norm, x)
+    with step.reading_norm(norm, x, normed):
+        q, k, v = _heads(step, module, normed, rows)
+    k, v = (_as_cached(part, dtype) for part in (k, v))
+    if rows is not None:  # the kernel has a query for each key; those of no use are 0
+        q = q.new_zeros((len(k), *q.shape[1:])).index_copy(0, rows, q)
+    with saved_as(step.selective, (k, v), dtype):
+        out = step.attend(layer, q, k, v)  # (N, Hq, D)
+    out = out if rows is None else out.index_select(0, rows)
+    (result,) = weights.project(out.flatten(1), (f"{module}.o_proj",), torch.float32)
+    return result
+
+
+def _heads(
+    step: _Pass, module: str, x: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, H) -> (N or M, Hq, D), (N, Hk, D), (N, Hk, D)
+    """Queries (of ``rows`` only, where given), keys and values, rotated."""
+    a, weights = step.model.architecture, step.model.weights
+    names = f"{module}.q_proj", f"{module}.k_proj", f"{module}.v_proj"
+    if rows is None:
+        flat = weights.project(x, names)
+    else:
+        flat = *weights.project(x.index_select(0, rows), names[:1]), *weights.project(x, names[1:])
     counts = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
     q, k, v = (part.view(-1, heads, a.head_dim) for part, heads in zip(flat, counts, strict=True))
     if a.qk_norm:
         q, k = _head_norm(step, f"{module}.q_norm", q), _head_norm(step, f"{module}.k_norm", k)
     if step.rope_table is not None:
-        q, k = (rope(part, step.positions, step.rope_table) for part in (q, k))
-    k, v = (_as_cached(part, step.model.kv_dtype) for part in (k, v))
-    out = step.attend(layer, q, k, v)  # (N, Hq, D)
-    (result,) = weights.project(out.flatten(1), (f"{module}.o_proj",), torch.float32)
-    return result
+        at = step.positions if rows is None else step.positions.index_select(0, rows)
+        q = rope(q, at, step.rope_table)
+        k = rope(k, step.positions, step.rope_table)
+    return q, k, v
 
 
 def _as_cached(x: Tensor, dtype: torch.dtype) -> Tensor:  # (N, Hk, D) -> same, dtype of x
@@ -334,16 +363,24 @@ def _head_norm(step: _Pass, module: str, heads: Tensor) -> Tensor:  # (N, heads,
     return step.norm(module, heads.flatten(0, 1)).view(heads.shape)
 
 
-def _mlp(step: _Pass, module: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
+def _mlp(step: _Pass, layer: str, x: Tensor) -> Tensor:  # (N, H) -> (N, H) float32
     a, weights = step.model.architecture, step.model.weights
-    if a.gated:
-        gate, up = weights.project(x, (f"{module}.gate_proj", f"{module}.up_proj"))
-        inner = swiglu(gate, up)
-    else:
-        (up,) = weights.project(x, (f"{module}.up_proj",))
-        inner = gelu(up, "tanh" if a.activation == "gelu_tanh" else "none")  # (N, F)
-    (result,) = weights.project(inner, (f"{module}.down_proj",), torch.float32)
+    norm, module = f"{layer}.post_attention_layernorm", f"{layer}.mlp"
+    names = ("gate_proj", "up_proj") if a.gated else ("up_proj",)
+    normed = step.norm(norm, x)
+    with step.reading_norm(norm, x, normed):
+        read = weights.project(normed, [f"{module}.{name}" for name in names])
+    activate = partial(_activate, a, tuple(part.detach() for part in read))
+    inner = _activate(a, read)
+    with made_again(step.selective, inner, activate):
+        (result,) = weights.project(inner, (f"{module}.down_proj",), torch.float32)
     return result
+
+
+def _activate(a: Architecture, read: tuple[Tensor, ...]) -> Tensor:  # each (N, F) -> (N, F)
+    if a.gated:
+        return swiglu(read[0], read[1])
+    return gelu(read[0], "tanh" if a.activation == "gelu_tanh" else "none")
 
 
 def _check_range(what: str, ids: Tensor, size: int, limit: str) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.run.files import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -34,6 +36,9 @@ STATE = "state.json"
 TENSORS = ".safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
+# shard-R-model-1-of-1: of a checkpoint of several processes (sharded_checkpoint.py)
+_FILE = re.compile(r"([A-Za-z0-9_]+|shard-\d+-model-\d+-of-\d+)\.safetensors|state\.json", flags=re.ASCII)
+JSON_BYTES = 2**26  # more than any state; read into memory at once
 ASIDE = ".tmp-"  # being written; of no use after a kill
 _REPLACED = ".replaced-"  # a whole checkpoint, moved out of the way of its successor
 
@@ -47,6 +52,22 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
+    def group(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file. Raises `CheckpointError` when there is none of that name."""
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.path}: has no {name}{TENSORS}, only {', '.join(sorted(self.tensors)) or 'none'};"
+                " want a checkpoint of the same stage and config"
+            )
+        return self.tensors[name]
+
+    def number(self, name: str) -> float:
+        """One number of the state. Raises `CheckpointError` when it is none."""
+        value = self.state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"{self.path / STATE}: {name} is {str(value)[:40]!r}, want a finite number")
+        return value
+
 
 def save(
     root: Path | str,
@@ -54,8 +75,12 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    interim: bool = False,
 ) -> Path:
     """Write `root/checkpoint-<step>`, then delete the oldest so that `keep` good ones stay.
+
+    An `interim` one is beside the schedule (a stop was asked for): it counts for none of the `keep` and goes with the
+    next one, so that which ones are kept in the end does not depend on where a run was stopped.
 
     `tensors` is group -> name -> tensor; `state` must be plain JSON of finite numbers. A checkpoint
     of the same step is replaced. Never deleted: the one just written, and those of later steps
@@ -78,28 +103,39 @@ def save(
     try:
         for group, named in tensors.items():
             plain = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-            save_file(plain, str(aside / f"{group}{TENSORS}"), metadata={"format": "pt"})
-        return complete(aside, root, step, text, keep)
+            try:
+                save_file(plain, str(aside / f"{group}{TENSORS}"), metadata={"format": "pt"})
+            except SafetensorError as error:  # it wraps the disk's own
+                raise OSError(f"{group}{TENSORS}: {error}") from error
+        return complete(aside, root, step, text, keep, interim)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def complete(aside: Path, root: Path, step: int, text: str, keep: int) -> Path:
+def complete(
+    aside: Path, root: Path, step: int, text: str, keep: int, interim: bool
+) -> Path:
     """A folder of tensors becomes `root/checkpoint-<step>`: its state.json (`text`), every file synced, the manifest
     last, one rename. Then the oldest checkpoints go, as of `save`."""
     (aside / STATE).write_text(text, encoding="utf-8")
     names = sorted(path.name for path in aside.iterdir())
     files = {name: _fingerprint(aside / name) for name in names}
     for name in names:
-        _sync(aside / name)
-    manifest = {"format": FORMAT, "step": step, "files": files}
+        sync(aside / name)
+    manifest = {"format": FORMAT, "step": step, "interim": interim, "files": files}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(aside / MANIFEST)
-    _sync(aside)
+    sync(aside / MANIFEST)
+    sync(aside)
     final = _publish(aside, root / f"checkpoint-{step}")
     _rotate(root, step, keep)
     return final
+
+
+def settle(root: Path, step: int, keep: int) -> None:
+    """Finish what a `save` of `step` may have left to do when it was killed: put away, rotate."""
+    clean_up(root)
+    _rotate(root, step, keep)
 
 
 def load(path: Path | str) -> Checkpoint:
@@ -113,7 +149,7 @@ def load(path: Path | str) -> Checkpoint:
                 tensors[name.removesuffix(TENSORS)] = load_file(str(path / name))
             except SafetensorError as error:
                 raise CheckpointError(f"{path / name}: not a safetensors file ({error})") from error
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = read_state(path)
     return Checkpoint(path, manifest["step"], tensors, state)
 
 
@@ -123,10 +159,13 @@ def verify(path: Path | str) -> dict[str, Any]:
     Raises `CheckpointError` naming the first file that is missing, of another size or altered.
     """
     path = Path(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     for name, wanted in manifest["files"].items():
-        found = _fingerprint(path / name)
-        if found != wanted:
+        try:
+            found = _fingerprint(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from error
+        if (found["bytes"], found["sha256"]) != (wanted["bytes"], wanted["sha256"]):
             raise CheckpointError(
                 f"{path / name}: sha256 {found['sha256'][:12]}..., but the manifest says "
                 f"{wanted['sha256'][:12]}...; the file was altered, resume from another checkpoint"
@@ -140,6 +179,14 @@ def latest(root: Path | str) -> Path | None:
     Damaged ones are passed over with a warning that names them and says why. When there are some
     and all are damaged, raises `CheckpointError`: to begin again in silence would hide the loss.
     """
+    path, damaged = newest_whole(root)
+    if damaged:
+        warnings.warn(f"going back to {path}; passed over: {'; '.join(damaged)}", stacklevel=2)
+    return path
+
+
+def newest_whole(root: Path | str) -> tuple[Path | None, list[str]]:
+    """`latest`, with what is wrong with the damaged ones that were passed over."""
     damaged: list[str] = []
     for path in reversed(kept(root)):
         try:
@@ -147,25 +194,31 @@ def latest(root: Path | str) -> Path | None:
         except CheckpointError as error:
             damaged.append(str(error))
             continue
-        if damaged:
-            passed_over = "; ".join(damaged)
-            warnings.warn(f"going back to {path}; passed over: {passed_over}", stacklevel=2)
-        return path
+        return path, damaged
     if damaged:
         raise CheckpointError(
             f"{root}: every checkpoint is damaged ({'; '.join(damaged)}); "
             "want one whole checkpoint, or a new output folder to begin again"
         )
-    return None
+    return None, []
 
 
 def kept(root: Path | str) -> list[Path]:
     """All checkpoints under `root`, oldest first, damaged ones too: `load` is what verifies."""
-    found = _candidates(Path(root)) if Path(root).is_dir() else {}
+    try:
+        found = _candidates(Path(root)) if Path(root).is_dir() else {}
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read ({error.strerror}); want a run's folder") from error
     return [found[step] for step in sorted(found)]
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises `CheckpointError` where it is not a JSON object."""
+    return _json(path / STATE)
+
+
 def state_text(state: Mapping[str, Any]) -> str:
+    """The state as the text of its file. Raises `CheckpointError` for what JSON does not give back as it was."""
     try:
         text = json.dumps(state, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -180,38 +233,53 @@ def state_text(state: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest, with the sizes of its files checked (cheap: reads no tensor)."""
-    where = path / MANIFEST
+def _json(where: Path) -> dict[str, Any]:
+    """The JSON object of a file."""
     try:
-        manifest = json.loads(where.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{where}: format {manifest['format']}, want {FORMAT}; "
-                "it was written by another version of the engine"
-            )
-        sizes = {str(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
-        int(manifest["step"])
+        with where.open("rb") as file:
+            text = file.read(JSON_BYTES + 1)
+        if len(text) > JSON_BYTES:
+            raise ValueError(f"more than {JSON_BYTES} bytes")
+        value = json.loads(text.decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: missing; want a checkpoint-N folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: not a manifest ({error!r})") from error
-    if STATE not in sizes:
-        raise CheckpointError(f"{where}: not a manifest (it does not name {STATE})")
-    for name, size in sizes.items():
-        if Path(name).name != name:
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not JSON ({str(error)[:80]})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: holds a {type(value).__name__}, want an object; it is not a manifest or state")
+    return value
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, with the sizes of its files checked (cheap: reads no tensor)."""
+    where = path / MANIFEST
+    manifest = _json(where)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where}: format {str(manifest.get('format'))[:40]}, want {FORMAT}; it is not a manifest,"
+            " or was written by another version of the engine"
+        )
+    step, files = manifest.get("step"), manifest.get("files")
+    if type(step) is not int or step < 0 or not isinstance(files, dict) or STATE not in files:
+        raise CheckpointError(f"{where}: not a manifest (want a step, and files with {STATE} among them)")
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name):
             raise CheckpointError(
-                f"{where}: names {name!r}, want names of files in the same folder"
+                f"{where}: names {name[:80]!r}, want names of tensor files and {STATE} in the same folder"
             )
-        if not (path / name).is_file():
+        if not isinstance(entry, dict) or [type(entry.get(k)) for k in ("bytes", "sha256")] != [int, str]:
+            raise CheckpointError(f"{where}: not a manifest ({name} has no bytes and sha256)")
+        if (path / name).is_symlink() or not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing, but the manifest names it")
-        found = (path / name).stat().st_size
+        found, size = (path / name).stat().st_size, entry["bytes"]
         if found != size:
             raise CheckpointError(
                 f"{path / name}: {found} bytes, but the manifest says {size}; the file was cut or "
                 "altered, resume from another checkpoint"
             )
-    return dict(manifest)
+    return manifest
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -220,22 +288,13 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _publish(aside: Path, final: Path) -> Path:
     """The rename that makes a checkpoint exist. Its predecessor of the same step outlives it."""
     replaced = final.with_name(_REPLACED + final.name)
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # a remainder goes with the next save
     return final
 
@@ -263,15 +322,19 @@ def clean_up(root: Path) -> None:
 
 def _rotate(root: Path, step: int, keep: int) -> None:
     """Delete all up to `step` but the newest `keep` good ones; `step` itself was just written."""
-    good: list[int] = []
+    good = 0
     steps = sorted((s for s in _candidates(root) if s <= step), reverse=True)
     for candidate in steps:
         path = root / f"checkpoint-{candidate}"
-        if len(good) == keep:
-            shutil.rmtree(path)
-            continue
         try:
-            _manifest(path)
+            interim = bool(read_manifest(path).get("interim", False))
         except CheckpointError:
+            if good >= keep:
+                shutil.rmtree(path)
             continue  # left for inspection until `keep` good ones are newer; it counts for none
-        good.append(candidate)
+        if candidate == step:
+            good += not interim
+        elif interim or good >= keep:
+            shutil.rmtree(path)
+        else:
+            good += 1

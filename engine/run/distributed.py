@@ -9,20 +9,24 @@ denominators and metrics are over all processes because they are computed from t
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError, ModelError, OutputError
 from engine.run.device import choose_device
 
 if TYPE_CHECKING:  # a process alone does not load it
     from torch.distributed.device_mesh import DeviceMesh
 
+TOLD = {kind.__name__: kind for kind in (CheckpointError, ConfigError, ModelError, OutputError)}
+WAIT, LONGEST_WAIT = timedelta(minutes=30), timedelta(days=1)  # of a rank for another that lives; the dead end all
 SHARD, REPLICATE = "shard", "replicate"  # names of the mesh's dimensions; weights are cut along the first
 
 
@@ -73,6 +77,10 @@ class Ranks:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return float(found)
 
+    def smallest(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        return -self.largest(-value)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag if self.mesh is None else self.largest(float(flag)) > 0
@@ -93,6 +101,29 @@ class Ranks:
         size = int(self.of_first(torch.tensor(len(data))))
         sent = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.is_first and data else None
         return bytes(self.of_first(torch.zeros(size, dtype=torch.uint8) if sent is None else sent).tolist()).decode()
+
+    def by_first(self, do: Callable[[], Any]) -> Any:
+        """What `do` gives in the first process, on every rank; only plain JSON goes from one to another.
+
+        Raises:
+            EngineError: the one of the first process, or its refusal of the disk, on every rank: all of them end.
+        """
+        if self.mesh is None:
+            return do()
+        failed, told = None, ""
+        if self.is_first:
+            try:
+                told = json.dumps({"gave": do()})
+            except (EngineError, OSError) as error:
+                failed, told = error, json.dumps({"raised": type(error).__name__, "text": str(error)})
+        said = json.loads(self.text_of_first(told))
+        if "raised" in said:
+            self.wait()  # nobody leaves before all know why
+        if failed is not None:
+            raise failed
+        if "raised" in said:
+            raise TOLD.get(said["raised"], EngineError)(said["text"])
+        return said["gave"]
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -120,17 +151,24 @@ class Ranks:
 ALONE = Ranks(0, 1, 1, None)
 
 
-def join(device: str, replicate: int = 1) -> Ranks:
+def world() -> tuple[int, int]:
+    """Processes of the run, and of them on this machine, as torchrun says in the environment; 1 and 1 without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return size, int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+def join(device: str, replicate: int = 1, busy: float | None = 0.0) -> Ranks:
     """This process among those that torchrun started (its environment says how many); alone without torchrun.
 
     Args:
         device: of the config; with "cpu" ranks talk through gloo, else tensors of a GPU through NCCL.
         replicate: copies of the sharded weights (HSDP): ranks = replicate x shards.
+        busy: seconds for which the first may keep the others waiting, with a reward function; None is no limit.
 
     Raises:
         ConfigError: ranks that replicate does not divide.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, local_size = world()
     if size % replicate:
         raise ConfigError(
             f"replicate: got {replicate} with {size} process{'es' if size > 1 else ''}, want a divisor of their number;"
@@ -138,12 +176,13 @@ def join(device: str, replicate: int = 1) -> Ranks:
         )
     if size == 1:
         return ALONE
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = choose_device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(local_rank)
     if not torch.distributed.is_initialized():
-        _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        wait = LONGEST_WAIT if busy is None else WAIT + timedelta(seconds=busy)
+        _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo", wait)
     from torch.distributed.device_mesh import init_device_mesh
 
     shape, names = ((size,), (SHARD,)) if replicate == 1 else ((replicate, size // replicate), (REPLICATE, SHARD))
@@ -151,7 +190,7 @@ def join(device: str, replicate: int = 1) -> Ranks:
     return Ranks(torch.distributed.get_rank(), size, local_size, mesh)
 
 
-def _meet(backend: str) -> None:
+def _meet(backend: str, wait: timedelta) -> None:
     """torchrun keeps one store over its restarts, in which a process would find the addresses of those that died
     (torch 2.13): every attempt has its own names in it."""
     from torch.distributed.distributed_c10d import PrefixStore
@@ -160,7 +199,7 @@ def _meet(backend: str) -> None:
     store, rank, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = PrefixStore(f"attempt-{attempt}", store)
-    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
+    torch.distributed.init_process_group(backend, timeout=wait, store=own, rank=rank, world_size=size)
 
 
 def leave() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.errors import EngineError
+from engine.run import files
 from engine.run.console import Display, printable
 
 METRICS, SAMPLES, EVENTS, TENSORBOARD = "metrics.jsonl", "samples", "events.jsonl", "tensorboard"
@@ -52,7 +52,8 @@ class RunLog:
         title: str = "run",
     ) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with files.refusals_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._display = Display(title, total_steps, tuple(live)) if not quiet else None
         self._tensorboard: SummaryWriter | None = None  # open from the first record on
         self._pending: deque[str] = deque()
@@ -71,10 +72,15 @@ class RunLog:
     ) -> None:
         with self._writing():  # an event that a signal left behind
             if self._tensorboard is not None:
-                self._tensorboard.close()
-                self._tensorboard = None
+                self._close_tensorboard()
         if self._display is not None:
             self._display.stop()
+
+    def _close_tensorboard(self) -> None:
+        assert self._tensorboard is not None
+        writer, self._tensorboard = self._tensorboard, None
+        with files.refusals_named(self.folder / TENSORBOARD):
+            writer.close()
 
     def resume(self, step: int) -> None:
         """Go on after `step`: metrics and samples of later steps are dropped, TensorBoard's too.
@@ -100,10 +106,11 @@ class RunLog:
         record = self._record(step, values)
         with self._writing():
             writer = self._opened()
-            _append(self.folder / METRICS, record)
-            for name, value in record.items():
-                if value is not None and name not in RESERVED:
-                    writer.add_scalar(name, value, step, walltime=record["time"])
+            files.append(self.folder / METRICS, _line(record))
+            with files.refusals_named(self.folder / TENSORBOARD):
+                for name, value in record.items():
+                    if value is not None and name not in RESERVED:
+                        writer.add_scalar(name, value, step, walltime=record["time"])
             if self._display is not None:
                 self._display.metrics(step, {name: float(v) for name, v in values.items()})
 
@@ -120,8 +127,9 @@ class RunLog:
         path = self.folder / SAMPLES / file_name
         with self._writing():
             self._opened()
-            path.parent.mkdir(exist_ok=True)
-            _replace(path, "".join(_line(_finite(row)) for row in rows))
+            with files.refusals_named(path):
+                path.parent.mkdir(exist_ok=True)
+            files.replace(path, "".join(_line(_finite(row)) for row in rows))
         return path
 
     def event(self, text: str) -> None:
@@ -139,7 +147,7 @@ class RunLog:
             yield
             while self._pending:
                 text = self._pending.popleft()
-                _append(self.folder / EVENTS, {"time": round(time.time(), 3), "text": text})
+                files.append(self.folder / EVENTS, _line({"time": round(time.time(), 3), "text": text}))
                 if self._display is not None:
                     self._display.event(text)
         finally:
@@ -175,9 +183,10 @@ class RunLog:
         return self._tensorboard
 
     def _open(self, purge_step: int | None) -> None:
-        self._tensorboard = SummaryWriter(
-            str(self.folder / TENSORBOARD), purge_step=purge_step, flush_secs=10
-        )
+        with files.refusals_named(self.folder / TENSORBOARD):
+            self._tensorboard = SummaryWriter(
+                str(self.folder / TENSORBOARD), purge_step=purge_step, flush_secs=10
+            )
 
     def _sample_files(self) -> list[Path]:
         folder = self.folder / SAMPLES
@@ -208,12 +217,12 @@ class RunLog:
                 continue
             try:
                 written_at = int(json.loads(line)["step"])
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 self.event(f"{path}:{count}: not a record, dropped ({line[:60]!r})")
                 continue
             if written_at <= step:
                 kept.append(line + "\n")
-        _replace(path, "".join(kept))
+        files.replace(path, "".join(kept))
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -224,7 +233,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             broken += 1
             continue
         if isinstance(record, dict):
@@ -246,19 +255,3 @@ def _finite(value: Any) -> Any:
 def _line(record: Mapping[str, Any]) -> str:
     """One line of JSON, readable in any language and harmless in a terminal."""
     return printable(json.dumps(record, ensure_ascii=False, allow_nan=False), as_json=True) + "\n"
-
-
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    # One unbuffered write a line: a kill leaves whole lines, or at worst one cut last line.
-    with path.open("ab", buffering=0) as file:
-        file.write(_line(record).encode())
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file so that a kill leaves the old one or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

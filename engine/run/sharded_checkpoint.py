@@ -5,52 +5,122 @@
         state.json, manifest.json          as of any checkpoint
 
 The storage is that module's Hugging Face one, safetensors with JSON in the header: nothing is pickled on disk. The
-folder is made aside and renamed by the first rank once all have written, as in checkpoint.py, whose manifest it has.
+folder is made aside and renamed by the first rank once all have written, as in checkpoint.py: its manifest has the
+size and the hash of every rank's file, and a folder is whole or not there. What one rank cannot write ends all.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, OutputError
 from engine.run import checkpoint
 from engine.run.checkpoint import Checkpoint
 from engine.run.distributed import Ranks, is_sharded
+from engine.run.files import refusals_named
+from engine.run.saver import Saved
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 SHARD_FILES = "shard-*" + checkpoint.TENSORS
 
 
-def save(root: Path | str, step: int, tensors: Groups, state: Mapping[str, Any], keep: int, ranks: Ranks) -> Path:
-    """`checkpoint.save` by all ranks together, each its own rows. Arguments and errors as there."""
+class ShardedSaver:
+    """`Saver` of a run of several processes, whose methods all ranks call together: `save` returns when the checkpoint
+    is on the disk, so there is never an error left to be raised later."""
+
+    def __init__(self, root: Path, keep: int, ranks: Ranks) -> None:
+        self.root, self.keep, self.ranks = root, keep, ranks
+        self._saved: list[Saved] = []
+
+    def save(self, step: int, tensors: Groups, state: Mapping[str, Any], interim: bool) -> None:
+        """`checkpoint.save`, each rank its own rows.
+
+        Raises:
+            OutputError: the disk refuses what a rank writes; the checkpoints before it are untouched.
+            CheckpointError: the state cannot be written as asked.
+        """
+        began = time.perf_counter()
+        path = save(self.root, step, tensors, state, self.keep, self.ranks, interim)
+        size = self.ranks.by_first(lambda: sum(file.stat().st_size for file in path.iterdir()) / 1e9)
+        seconds = time.perf_counter() - began
+        self._saved = [*self._saved, Saved(path, size, seconds, seconds)]
+
+    def check(self) -> None:
+        """Nothing is being written."""
+
+    def wait(self) -> None:
+        """Nothing is being written."""
+
+    def finished(self) -> list[Saved]:
+        """The checkpoints that came to be since the last call."""
+        saved, self._saved = self._saved, []
+        return saved
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Groups,
+    state: Mapping[str, Any],
+    keep: int,
+    ranks: Ranks,
+    interim: bool = False,
+) -> Path:
+    """`checkpoint.save` by all ranks together, each its own rows. Arguments as there, errors as of `ShardedSaver`."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-    root = Path(root)
-    aside = root / f"{checkpoint.ASIDE}checkpoint-{step}"
-    if ranks.is_first:
-        root.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean_up(root)
-        aside.mkdir()
-    ranks.wait()
+    final, aside = root / f"checkpoint-{step}", root / f"{checkpoint.ASIDE}checkpoint-{step}"
+
+    def begin() -> str:
+        text = checkpoint.state_text(state)
+        with refusals_named(final):
+            root.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean_up(root)
+            aside.mkdir()
+        return text
+
+    def finish() -> None:
+        with refusals_named(final):
+            checkpoint.complete(aside, root, step, text, keep, interim)
+
+    text = ranks.by_first(begin)
     try:
-        save_shards(_flat(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
-        if ranks.is_first:
-            checkpoint.complete(aside, root, step, checkpoint.state_text(state), keep)
+        with failures_named(final, OutputError):
+            save_shards(_flat(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+        ranks.by_first(finish)
     except BaseException:
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    ranks.wait()
-    return root / f"checkpoint-{step}"
+    return final
+
+
+@contextmanager
+def failures_named(path: Path, kind: type[OutputError] | type[CheckpointError]) -> Iterator[None]:
+    """What torch.distributed.checkpoint gathers of the ranks' failures, no `Exception`, becomes an error of ours."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        said = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        done = "written" if kind is OutputError else "read"
+        raise kind(
+            f"{path}: cannot be {done} ({said[:400]}); nothing is left half-written, go on from the newest whole"
+            " checkpoint (--resume_from_checkpoint true)"
+        ) from error
 
 
 def is_sharded_checkpoint(path: Path | str) -> bool:
@@ -67,32 +137,41 @@ def load(path: Path | str, like: Groups, ranks: Ranks) -> Checkpoint:
         CheckpointError: when `checkpoint.verify` does, and where names or shapes are not those of `like`.
     """
     path = Path(path)
-    manifest = checkpoint.verify(path) if ranks.is_first else {}
-    ranks.wait()
-    manifest = json.loads(ranks.text_of_first(json.dumps(manifest)))
+    manifest = ranks.by_first(lambda: checkpoint.verify(path))
     wanted = _flat(like)
-    found = _from_shards(path, wanted, ranks) if is_sharded_checkpoint(path) else _from_whole(path, wanted)
+    sharded = is_sharded_checkpoint(path)
+    found = _from_shards(path, manifest, wanted, ranks) if sharded else _from_whole(path, wanted)
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in like}
     for key, tensor in found.items():
         group, _, name = key.partition("/")
         groups[group][name] = tensor
-    state = json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
-    return Checkpoint(path, manifest["step"], groups, state)
+    return Checkpoint(path, manifest["step"], groups, checkpoint.read_state(path))
 
 
 def _flat(groups: Groups) -> dict[str, Tensor]:
     return {f"{group}/{name}": tensor.detach() for group, named in groups.items() for name, tensor in named.items()}
 
 
-def _from_shards(path: Path, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def _from_shards(
+    path: Path, manifest: Mapping[str, Any], like: Mapping[str, Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-    there: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    _check(path, {name: tuple(entry.size) for name, entry in there.items()}, like)
+    strange = {file.name for file in path.glob(f"*{checkpoint.TENSORS}")} - manifest["files"].keys()
+    if strange:
+        raise CheckpointError(f"{path}: has {sorted(strange)[:3]}, of which its manifest knows nothing; move them away")
+    try:
+        there: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        _check(path, {name: tuple(entry.size) for name, entry in there.items()}, like)
+        _check_parts(path, there, like)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not shards of a checkpoint ({type(error).__name__}: {error})") from error
     found = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-    with warnings.catch_warnings():  # it supposes that one process might be a mistake
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with warnings.catch_warnings(), failures_named(path, CheckpointError):
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
         load_shards(found, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=ranks.mesh is None)
     return found
 
@@ -121,4 +200,15 @@ def _check(path: Path, there: Mapping[str, tuple[int, ...]], like: Mapping[str, 
         if there[name] != tuple(wanted.shape):
             raise CheckpointError(
                 f"{path}: {name} is {there[name]}, want {tuple(wanted.shape)}; it is of a run of another model"
+            )
+
+
+def _check_parts(path: Path, there: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
+    """The shards have every row once: what is in none of them would be read as whatever lay in memory."""
+    for name, wanted in like.items():
+        held = sum(math.prod(chunk.sizes) for chunk in there[name].chunks)
+        if held != wanted.numel():
+            raise CheckpointError(
+                f"{path}: {name} has {held} numbers in all shards, want {wanted.numel()}; a shard is missing, resume"
+                " from another checkpoint"
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from engine.data.rankings import RankedGroup, load_rankings
 from engine.data.rows import Dataset, DataSource
 from engine.data.split import hold_back
 from engine.data.text import Example, PretrainRows, load_pretrain, load_sft
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError, ModelError
+from engine.model.weights import resolve_folder
+from engine.run.resume import digest, folder_identity, rows_identity
 from engine.run.streams import generator
 
 EVAL_PTX_ROWS = 64  # rows of held-out text that a validation scores
@@ -29,6 +31,17 @@ class SFTData:
     ptx: PretrainRows | None
     eval_ptx: Sequence[Sequence[int]]
     reports: tuple[str, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row that may be in a batch."""
+        texts = [self.ptx.length] if self.ptx is not None else []
+        held = [len(row) for row in self.eval_ptx]
+        return [len(row.tokens) for row in (*self.train, *self.validation)] + texts + held
+
+    @property
+    def longest_prompt(self) -> int:
+        return max((row.prompt_length for row in (*self.train, *self.validation)), default=0)
 
     def eval_prompts(self) -> list[Prompt]:
         """The prompts of the validation demonstrations (of the training ones without validation)."""
@@ -48,6 +61,11 @@ class RMData:
     demonstrations: Sequence[RankedGroup]
     reports: tuple[str, ...]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt with its answers."""
+        return group_lengths([*self.train, *self.validation, *self.demonstrations])
+
 
 @dataclass(frozen=True)
 class PPOData:
@@ -59,6 +77,10 @@ class PPOData:
     eval_ptx: Sequence[Sequence[int]]
     reports: tuple[str, ...]
 
+    @property
+    def longest_prompt(self) -> int:
+        return max((len(p.tokens) for p in (*self.train, *self.eval_prompts)), default=0)
+
     def draw(self, count: int, seed: int, iteration: int) -> list[Prompt]:
         """The prompts of an iteration: passes over all of them, each in its own random order."""
         rows = step_rows(len(self.train), count, seed, iteration, wrap=True)
@@ -69,6 +91,11 @@ class PPOData:
         if self.ptx is None:
             return []
         return self.ptx.rows(range(iteration * count, (iteration + 1) * count))
+
+
+def group_lengths(groups: Sequence[RankedGroup]) -> list[int]:
+    """Tokens of each prompt with its answers."""
+    return [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
 
 
 def located(config: RunConfig, path: str) -> str:
@@ -101,6 +128,10 @@ def eval_source(config: RunConfig) -> list[DataSource]:
 
 def limited(config: RunConfig, context: int) -> int:
     """max_length within the model's context."""
+    if context < 1:
+        raise ConfigError(
+            "response_length: leaves no room for a prompt in the model's context; give a shorter one"
+        )
     if config.max_length > context:
         raise ConfigError(
             f"max_length: got {config.max_length}, the model's context is {context}; want at most that"
@@ -184,6 +215,13 @@ def load_rm_data(config: RMConfig, tokenizer: Any, context: int) -> RMData:
         )
 
     train, validation, lines = with_validation(config, load)
+    if not any(len(set(group.ranks)) > 1 for group in train):
+        raise DataError(
+            config.dataset_name or "rankings",
+            f"all answers of each of {len(train)} prompts are ties, so there is no pair to learn from; give ranks that"
+            " differ",
+            "no pairs",
+        )
     if config.demonstrations_name is None:
         best = [best_answer(group) for group in train]
         return RMData(train, validation, best[: config.demonstrations_limit], lines)
@@ -224,3 +262,67 @@ def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
     train, validation, lines = with_validation(config, load)
     ptx, held, more = load_text(config, tokenizer)
     return PPOData(train, validation[: config.eval_num_prompts], ptx, held, lines + more)
+
+
+def identities(config: RunConfig, data: SFTData | RMData | PPOData) -> dict[str, str]:
+    """What a run reads besides its config, each in words: a checkpoint remembers them, a resume compares them."""
+    found = {}
+    for part in fields(data):
+        value = getattr(data, part.name)
+        if isinstance(value, PretrainRows):
+            shape = " x ".join(map(str, value.table.shape))
+            found[f"data.{part.name}"] = f"{shape} tokens ({digest([value.table.tobytes()])})"
+        elif value is not None and part.name != "reports":
+            found[f"data.{part.name}"] = rows_identity(value)
+    for name, path in model_folders(config):
+        found[f"model.{name}"] = folder_identity(resolve_folder(path))
+    return found
+
+
+def check_vocabulary(
+    config: RunConfig, data: SFTData | RMData | PPOData, tokenizer: Any, sizes: Mapping[str, int]
+) -> None:
+    """Every token of the data, and every one that the tokenizer can name, is a row of each model.
+
+    `sizes` is model -> rows of its vocabulary, the trained model first; for that one the data's tokens count, since a
+    tokenizer may have more tokens than are ever used. The others read what it samples.
+
+    Raises:
+        ModelError: a tokenizer of another vocabulary.
+    """
+    largest = max((largest_token(getattr(data, part.name)) for part in fields(data)), default=0)
+    first = next(iter(sizes))
+    for model, size in sizes.items():
+        token = largest if model == first else max(largest, len(tokenizer) - 1)
+        if token >= size:
+            raise ModelError(
+                f"{model}: the tokenizer of {config.model_name_or_path} gives token {token}, the model has"
+                f" 0..{size - 1}; it is the tokenizer of another model: use models and a tokenizer of one family"
+            )
+
+
+def largest_token(rows: Any) -> int:
+    """The largest token id of a data set; -1 of what holds none."""
+    if isinstance(rows, PretrainRows):
+        return int(rows.table.max())
+    if isinstance(rows, RankedGroup):
+        return max(largest_token(part) for part in (rows.prompt, *rows.responses))
+    if isinstance(rows, Example | Prompt):
+        return max(rows.tokens, default=-1)
+    if isinstance(rows, int):
+        return rows
+    return -1 if rows is None or isinstance(rows, str) else max(map(largest_token, rows), default=-1)
+
+
+def model_folders(config: RunConfig) -> list[tuple[str, str]]:
+    """(key, folder or hub id) of every model that a run reads as long as it goes on."""
+    folders = [("model_name_or_path", config.model_name_or_path)]
+    if isinstance(config, SFTConfig) and config.select_by_reward_model:
+        folders.append(("select_by_reward_model", config.select_by_reward_model))
+    if isinstance(config, PPOConfig):
+        if config.reward_model_path:
+            folders.append(("reward_model_path", config.reward_model_path))
+        for number, reward in enumerate(config.rewards):
+            if ":" not in reward.source:
+                folders.append((f"rewards.{number}", reward.source))
+    return folders

@@ -22,22 +22,28 @@ from engine.data.pack import cut_by_tokens, last_rows, pack_groups
 from engine.data.rankings import RankedGroup
 from engine.data.tokenizer import load_tokenizer
 from engine.model import heads, transformer
+from engine.model.checkpointing import Checkpointing
 from engine.model.heads import ScalarModel
 from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
 from engine.run.distributed import ALONE, Ranks, join
+from engine.run.flops import Work, forward_flops, grouped, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import RMData, load_rm_data
+from engine.stages.estimates import describe
+from engine.stages.inputs import RMData, check_vocabulary, group_lengths, identities, load_rm_data
+from engine.stages.resources import settle_epochs
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
-from engine.stages.several import check_epochs
 
 
 def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     ranks = join(config.device, config.replicate)
     set_threads(ranks.threads(config.threads))
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
+    data = load_rm_data(config, tokenizer, context)
+    config, chosen = settle_epochs(config, "score", data.lengths, ranks=ranks)
     model = scalar_from_policy(
         config.model_name_or_path,
         seed=config.seed,
@@ -46,24 +52,20 @@ def train_reward_model(config: RMConfig) -> Path:
         device=config.device,
         ranks=ranks,
     )
-    data = load_rm_data(config, tokenizer, model.architecture.max_positions)
+    vocabulary = {config.model_name_or_path: model.architecture.vocab_size}
+    check_vocabulary(config, data, tokenizer, vocabulary)
     stage = RMStage(config, model, data, ranks)
     live = ("loss", "accuracy", "margin", "perf/tokens_per_s", "eval/accuracy")
-    total = total_steps(config, len(data.train))
-    with Session(config, "rm", total, live, ranks) as session:
-        session.write_config()
-        for line in data.reports:
-            session.log.event(line)
-        check_epochs(session, model, "score")
-        run_epochs(session, config, model, len(data.train), stage.train_step, stage.evaluate)
+    with Session(config, "rm", total_steps(config, len(data.train)), live, ranks) as session:
+        session.start(identities(config, data), (*data.reports, chosen))
+        run_epochs(session, config, model, len(data.train), stage.train_step, stage.work, stage.evaluate)
         constant = -stage.demonstration_mean()
         model = model.with_constant(model.constant + constant)
         session.log.event(f"constant {constant:+.4f}: demonstrations now score 0 on average")
-        session.export(
-            transformer.whole(model),
-            lambda whole: save_scalar(whole, config.output_dir, tokenizer=tokenizer),
-        )
+        with session.publishing() as folder:
+            session.export(transformer.whole(model), lambda whole: save_scalar(whole, folder, tokenizer=tokenizer))
         session.log.event(f"model: {config.output_dir}")
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -80,9 +82,9 @@ class RMStage:
         groups = [self.data.train[i] for i in rows]
         total = sum(self.weight(group) for group in groups)
         seen = []  # read when all is launched
-        for one in own_passes(lengths(groups), self.config.micro_batch_tokens, self.ranks):
+        for one in own_passes(group_lengths(groups), self.config.token_budget, self.ranks):
             chosen = [groups[i] for i in one.items]
-            score = group_scores(self.model, chosen)
+            score = group_scores(self.model, chosen, self.config.activation_checkpointing)
             ranks = to_device(ranks_of(chosen), score.device)
             cu = to_device(answer_offsets(chosen), score.device)
             loss, _, _ = ops.ranking_loss(score, ranks, cu, self.config.loss_reduction)
@@ -99,9 +101,18 @@ class RMStage:
         (loss_sum,) = self.ranks.sums([sum((float(loss) for _, loss, _ in seen), 0.0)])
         return {
             "loss": loss_sum,
-            "num_tokens": float(sum(lengths(groups))),
+            "num_tokens": float(sum(group_lengths(groups))),
             **{name: metrics[name] for name in TRAIN_METRICS if name in metrics},
         }
+
+    def work(self, rows: Sequence[int], step: int) -> Work:
+        """Of a step: three forwards' operations; padded, each answer is a row that repeats its prompt."""
+        groups, a = [self.data.train[i] for i in rows], self.model.architecture
+        answers = [[len(r) for r in g.responses] for g in groups]
+        segments = grouped([len(g.prompt) for g in groups], answers)
+        whole = [len(g.prompt) + len(r) for g in groups for r in g.responses]
+        forward = forward_flops(a, segments, len(whole), 1)
+        return Work(3 * forward, sum(group_lengths(groups)), padded_tokens(whole))
 
     def weight(self, group: RankedGroup) -> int:
         """What a prompt counts for in the loss's mean: the reduction's own denominator."""
@@ -118,8 +129,8 @@ class RMStage:
     def scores(self, groups: Sequence[RankedGroup]) -> list[Tensor]:
         """The K scores of every group."""
         model, share, own = transformer.whole(self.model), self.ranks.share(len(groups)), {}
-        budget = self.config.micro_batch_tokens
-        for cut in cut_by_tokens(lengths([groups[i] for i in share]), budget):
+        budget = self.config.token_budget
+        for cut in cut_by_tokens(group_lengths([groups[i] for i in share]), budget):
             chosen = [groups[share[i]] for i in cut]
             found = to_host(group_scores(model, chosen))
             for i, part in zip(cut, split(found, chosen), strict=True):
@@ -153,7 +164,9 @@ TRAIN_METRICS = (
 )
 
 
-def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,)
+def group_scores(
+    model: ScalarModel, groups: Sequence[RankedGroup], checkpointing: Checkpointing = "selective"
+) -> Tensor:  # (sum of K,)
     """One score an answer: each prompt goes through the network once, each answer once."""
     batch = pack_groups([(g.prompt, g.responses) for g in groups])
     segments: list[int] = []
@@ -161,13 +174,10 @@ def group_scores(model: ScalarModel, groups: Sequence[RankedGroup]) -> Tensor:  
     for group in groups:
         segments += range(at + 1, at + 1 + len(group.responses))
         at += 1 + len(group.responses)
-    hidden = transformer.forward(model, batch)
-    return heads.scores(model, transformer.chosen_rows(hidden, last_rows(batch, segments)))
-
-
-def lengths(groups: Sequence[RankedGroup]) -> list[int]:
-    """Tokens of each group, its prompt once."""
-    return [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
+    rows = last_rows(batch, segments)
+    return heads.scores(
+        model, transformer.forward(model, batch, rows=rows, checkpointing=checkpointing)
+    )
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32

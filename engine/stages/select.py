@@ -34,9 +34,10 @@ def select_checkpoint(
     )
     chosen = list(prompts[: config.select_num_prompts])
     scores: dict[str, float] = {}
+    session.wait_for_save()
     wanted = {"model": policy.model.state()}
     for path in checkpoint.kept(session.folder):
-        policy.model.load_state(session.load(path, wanted).tensors["model"])
+        policy.model.load_state(session.load(path, wanted).group("model"))
         completions = complete(
             policy.whole(),
             [p.tokens for p in chosen],
@@ -48,14 +49,13 @@ def select_checkpoint(
             session.ranks,
         )
         rollouts = Rollouts(tuple(chosen), tuple(completions), 1)
-        score = model_scores(reward_model, rollouts, config.micro_batch_tokens, session.ranks)
+        score = model_scores(reward_model, rollouts, config.token_budget, session.ranks)
         scores[path.name] = float(score.double().mean())
         session.log.event(
             f"{path.name}: mean reward of {len(chosen)} samples {scores[path.name]:+.4f}"
         )
     best = max(scores, key=lambda name: scores[name])
-    policy.model.load_state(session.load(session.folder / best, wanted).tensors["model"])
+    policy.model.load_state(session.load(session.folder / best, wanted).group("model"))
     record = {"best": best, "reward_model": config.select_by_reward_model, "mean_reward": scores}
-    if session.ranks.is_first:
-        (session.folder / SELECTION_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    session.write(SELECTION_FILE, json.dumps(record, indent=1) + "\n")
     session.log.event(f"best checkpoint by reward: {best}")

@@ -18,15 +18,21 @@ from engine.config import SFTConfig
 from engine.data.deal import own_passes
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.data.text import Example
+from engine.data.tokenizer import load_tokenizer
 from engine.hybrid import HybridEngine
 from engine.model import transformer
-from engine.model.transformer import Dropout, Model
+from engine.model.checkpointing import Checkpointing
+from engine.model.dropout import Dropout
+from engine.model.transformer import Model
+from engine.model.weights import load_policy
 from engine.run.distributed import ALONE, Ranks, join
+from engine.run.flops import Work, forward_flops, padded_tokens
 from engine.run.session import Session, set_threads
 from engine.stages.epochs import run_epochs, total_steps
-from engine.stages.inputs import SFTData, load_sft_data
+from engine.stages.estimates import describe
+from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
+from engine.stages.resources import settle_epochs
 from engine.stages.select import select_checkpoint
-from engine.stages.several import check_epochs
 
 
 @dataclass(frozen=True)
@@ -46,30 +52,34 @@ def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
     ranks = join(config.device, config.replicate)
     set_threads(ranks.threads(config.threads))
-    policy = HybridEngine.from_pretrained(
-        config.model_name_or_path, config.dtype, trainable=True, device=config.device, ranks=ranks
-    )
-    data = load_sft_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    data = load_sft_data(config, tokenizer, context)
+    config, chosen = settle_epochs(config, "lm_head", data.lengths, data.longest_prompt, ranks)
+    model = load_policy(config.model_name_or_path, config.dtype, True, config.device, ranks)
+    policy = HybridEngine(model, tokenizer)
+    vocabulary = {config.model_name_or_path: policy.model.architecture.vocab_size}
+    check_vocabulary(config, data, tokenizer, vocabulary)
     stage = SFTStage(config, policy.model, data, ranks)
     total = total_steps(config, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live, ranks) as session:
-        session.write_config()
-        for line in data.reports:
-            session.log.event(line)
-        check_epochs(session, policy.model, "lm_head")
+        session.start(identities(config, data), (*data.reports, chosen))
         run_epochs(
             session,
             stage.epochs_config,
             policy.model,
             stage.num_demonstrations_rows,
             stage.train_step,
+            stage.work,
             stage.evaluate,
         )
         if config.select_by_reward_model:
             select_checkpoint(session, config, policy, data.eval_prompts())
-        session.export(policy.whole(), lambda whole: whole.save_pretrained(config.output_dir))
+        with session.publishing() as folder:
+            session.export(policy.whole(), lambda whole: whole.save_pretrained(folder))
         session.log.event(f"model: {config.output_dir}")
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -111,11 +121,12 @@ class SFTStage:
         losses, entropies = [], []  # read when all is launched
         p = self.config.residual_dropout
         lengths = [len(row.tokens) for row in batch]
-        for one in own_passes(lengths, self.config.micro_batch_tokens, self.ranks):
+        for one in own_passes(lengths, self.config.token_budget, self.ranks):
             chosen = [batch[i] for i in one.items]
             segments = tuple((row.address, len(row.tokens)) for row in chosen)
             dropout = Dropout(p, self.config.seed, step, segments) if p > 0 else None
-            logprob, entropy = token_logprobs(self.model, chosen, dropout)
+            keep = self.config.activation_checkpointing
+            logprob, entropy = token_logprobs(self.model, chosen, dropout, keep)
             loss = one.loss(-logprob.sum() / max(count, 1))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -129,6 +140,14 @@ class SFTStage:
             "entropy": entropy_sum / max(count, 1),
             "num_tokens": float(sum(lengths)),
         }
+
+    def work(self, rows: Sequence[int], step: int) -> Work:
+        """Of a step: three forwards' operations, and rows as long as the longest."""
+        batch, a = self.batch(rows, step), self.model.architecture
+        lengths = [len(row.tokens) for row in batch]
+        targets = sum(row.num_targets for row in batch)
+        forward = forward_flops(a, [(0, n) for n in lengths], targets, a.vocab_size)
+        return Work(3 * forward, sum(lengths), padded_tokens(lengths))
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the validation demonstrations and, in the RL-init variant, on held-out text."""
@@ -148,7 +167,7 @@ class SFTStage:
     def mean_loss(self, model: Model, rows: Sequence[Row]) -> float:
         loss, count = 0.0, 0.0
         own = [rows[i] for i in self.ranks.share(len(rows))]
-        for cut in cut_by_tokens([len(r.tokens) for r in own], self.config.micro_batch_tokens):
+        for cut in cut_by_tokens([len(r.tokens) for r in own], self.config.token_budget):
             logprob, _ = token_logprobs(model, [own[i] for i in cut], None)
             loss, count = loss - float(logprob.double().sum()), count + logprob.numel()
         loss, count = self.ranks.sums([loss, count])
@@ -156,10 +175,13 @@ class SFTStage:
 
 
 def token_logprobs(
-    model: Model, rows: Sequence[Row], dropout: Dropout | None
+    model: Model,
+    rows: Sequence[Row],
+    dropout: Dropout | None,
+    checkpointing: Checkpointing = "selective",
 ) -> tuple[Tensor, Tensor]:  # (M,), (M,)
     """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
     batch = pack_sequences([row.tokens for row in rows])
     shift = predictions(batch, skip_first=[row.response_start for row in rows])
-    hidden = transformer.chosen_rows(transformer.forward(model, batch, dropout), shift.rows)
+    hidden = transformer.forward(model, batch, dropout, shift.rows, checkpointing)
     return transformer.logprobs(model, hidden, shift.targets, 1.0)

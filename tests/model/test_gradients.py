@@ -14,9 +14,11 @@ from tests.compare import assert_close
 TEMPERATURE = 0.7
 
 
-def our_gradients(model: Model, batch: Packed, segments: list[int] | None, factors) -> None:
+def our_gradients(
+    model: Model, batch: Packed, segments: list[int] | None, factors, whole: bool = False
+) -> None:
     shift = predictions(batch, segments)
-    hidden = forward(model, batch)[shift.rows]
+    hidden = forward(model, batch)[shift.rows] if whole else forward(model, batch, rows=shift.rows)
     logprob, entropy = logprobs(model, hidden, shift.targets, TEMPERATURE)
     (factors * (logprob + 0.3 * entropy)).sum().backward()
 
@@ -70,13 +72,14 @@ def pair(case, tmp_path) -> tuple[Model, torch.nn.Module]:
     return load_policy(tmp_path, "float32", trainable=True), theirs
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["every-row", "rows-that-are-read"])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_ragged_sequences(case, tmp_path):
+def test_gradients_of_ragged_sequences(case, whole, tmp_path):
     model, theirs = pair(case, tmp_path)
     sequences = some_sequences(9, 2, 1, 17)
     sequences.insert(2, [])
     factors = [torch.randn(max(len(s) - 1, 0)) for s in sequences]
-    our_gradients(model, pack_sequences(sequences), None, torch.cat(factors))
+    our_gradients(model, pack_sequences(sequences), None, torch.cat(factors), whole)
     for sequence, factor in zip(sequences, factors, strict=True):
         if len(sequence) > 1:
             their_loss(theirs, sequence, 1, factor.double()).backward()

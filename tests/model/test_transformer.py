@@ -7,7 +7,8 @@ from families import CASES, hf_logits, save, some_sequences
 from engine.data.pack import pack_groups, pack_sequences
 from engine.errors import ModelError
 from engine.kernels._backend import kernels_usable
-from engine.model.transformer import Dropout, forward, hidden_states, logits, logprobs
+from engine.model.dropout import Dropout
+from engine.model.transformer import forward, hidden_states, logits, logprobs
 from engine.model.weights import load_policy
 
 # every kind of attention, of norm and of residual, for what is run on every class of CPU
@@ -153,7 +154,7 @@ class TestDropout:
         """Dropping all of them leaves the embedding alone."""
         model, seen = load_policy(folders / case, "float32"), []
 
-        def drop_all(x, layer, sublayer):
+        def drop_all(x, layer, sublayer, rows):
             seen.append((layer, sublayer))
             return 0 * x
 
@@ -162,6 +163,13 @@ class TestDropout:
         assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
         alone = [forward(model, pack_sequences([[token]]), drop_all)[0] for token in tokens[0]]
         assert torch.equal(left, torch.stack(alone))
+
+    def test_the_gradient_passes_the_same_mask_with_the_same_factor(self):
+        dropout, x = Dropout(0.25, 1, 4, ((8, 50),)), self.x.clone().requires_grad_()
+        dropped = dropout(x, 3, 1)
+        dropped.sum().backward()
+        assert torch.equal(x.grad, dropout(torch.ones_like(x), 3, 1))
+        assert sorted(x.grad.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
 
     def test_refuses_a_share_of_one(self):
         with pytest.raises(ModelError, match="p = 1.0, want 0 <= p < 1"):

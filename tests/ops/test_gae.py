@@ -45,11 +45,21 @@ def test_ragged_against_float64(cpu_class, lengths, gamma, lam, seed, boot):
         assert_close(o, r, t, name, units=8)
 
 
-def test_gradients_against_the_definition(cpu_class):
-    cu = offsets([3, 0, 1, 7])
-    inputs = [torch.randn(n, requires_grad=True) for n in (11, 11, 4)]
+def test_what_is_not_finite_spreads_to_earlier_tokens_only(cpu_class):
+    """As in the loop of the definition, wherever in a vector of tokens it stands."""
+    for at in range(20):
+        reward, value, cu = torch.randn(40), torch.randn(40), offsets([21, 19])
+        reward[at] = float("nan")
+        advantage, _ = gae(reward, value, cu, 0.9, 0.95)
+        assert advantage[: at + 1].isnan().all() and advantage[at + 1 :].isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 1, 7], [16, 33, 8, 40]])
+def test_gradients_against_the_definition(cpu_class, lengths):
+    cu, total = offsets(lengths), sum(lengths)
+    inputs = [torch.randn(n, requires_grad=True) for n in (total, total, 4)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    weights = torch.randn(2, 11)
+    weights = torch.randn(2, total)
     ours = gae(inputs[0], inputs[1], cu, 0.9, 0.8, inputs[2])
     truth = gae_reference(wide[0], wide[1], cu, 0.9, 0.8, wide[2])
     sum((o * w).sum() for o, w in zip(ours, weights, strict=True)).backward()

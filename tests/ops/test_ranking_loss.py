@@ -97,6 +97,40 @@ def test_ragged_against_float64(cpu_class, lengths, levels, scale, reduction, se
         assert abs(float(prompt.sum())) <= 1e-6
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_prompts_of_many_shapes_in_one_batch(cpu_class, reduction, dtype):
+    """Few and many answers, scores near and far apart, in each other's neighbourhood: all ways through the loops."""
+    lengths = [9, 9, 2, 9, 12, 0, 1, 9, 4, 10, 9, 3] * 12  # more than a block of prompts
+    n, cu = sum(lengths), offsets(lengths)
+    spread = torch.tensor([1.0, 7.0, 0.0, 40.0, 1e-20])[torch.arange(len(lengths)) % 5]
+    score = torch.randn(n) * spread.repeat_interleave(torch.tensor(lengths))
+    rank = torch.randint(6, (n,)).to(dtype)
+    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
+    wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
+    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
+    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
+    truth.backward()
+    reference.backward()
+    assert_close(loss, reference, truth, "loss")
+    assert_close(grad, plain.grad, wide.grad, "grad")
+    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
+
+
+@pytest.mark.parametrize("margin", [-16.0, -8.1, -8.0, 0.0, 1e-30, 7.9, 8.0, 8.1, 15.9, 16.1])
+def test_one_pair_keeps_its_digits(cpu_class, margin):
+    """One rounding to float32 of the float64 loss, also where almost nothing is left of it."""
+    score = torch.tensor([0.0, margin / 2, -margin / 2])
+    rank = torch.tensor([5.0, 1.0, 5.0])
+    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, offsets([3]), "pair_mean")
+    wide = score.double().requires_grad_()
+    truth, _, want_correct = ranking_loss_reference(wide, rank, offsets([3]), "pair_mean")
+    truth.backward()
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(grad.double(), wide.grad, rtol=1e-7, atol=0)
+    assert (num_pairs, num_correct) == (2, int(want_correct))
+
+
 def test_a_constant_added_to_a_prompt_changes_nothing(cpu_class):
     score, rank, cu = torch.randn(8), torch.tensor([3, 1, 2, 2, 1, 5, 4, 3]), offsets([4, 4])
     shift = torch.tensor([4.0] * 4 + [-8.0] * 4)
@@ -206,6 +240,14 @@ def test_threads_and_neighbours_do_not_change_a_bit(threads):
     )
     assert torch.equal(together[0], again[0]) and torch.equal(together[1], again[1])
     assert torch.equal(together[1][60:66], alone[1])
+
+
+def test_the_bad_rank_of_a_large_batch_is_named(cpu_class):
+    rank = torch.arange(3000.0)
+    rank[2995] = float("-inf")
+    for given_ in (rank, rank.double()):
+        with pytest.raises(ValueError, match=r"rank\[2995\]: got -inf, want a finite number"):
+            ranking_loss(torch.zeros(3000), given_, offsets([5] * 600), "pair_mean", denominator=1.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -84,6 +84,21 @@ def test_any_size_against_float64(cpu_class, n, shift_mean, centre, scale, seed)
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_blocks_of_other_means_against_float64(cpu_class, shift_mean):
+    """Blocks are summed each around its own mean: here they are far from the mean of all, the last one is short."""
+    x = torch.randn(3 * 4096 + 77) * 0.01 + torch.linspace(-50, 20, 3 * 4096 + 77).round()
+    x[4096] = 1e4
+    x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    ours, truth = whiten(x, shift_mean), whiten_reference(wide, shift_mean)
+    assert_close(ours, truth.float(), truth, "whiten")
+    weights = torch.randn(x.numel())
+    (ours * weights).sum().backward()
+    (truth * weights.double()).sum().backward()
+    assert_close(x.grad, wide.grad.float(), wide.grad, "gradient")
+
+
 def test_mean_and_variance_of_the_result(cpu_class):
     x = torch.randn(10_007) * 3 + 5
     shifted, kept = whiten(x).double(), whiten(x, shift_mean=False).double()

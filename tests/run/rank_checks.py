@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from engine.data.pack import pack_sequences, predictions
-from engine.errors import ModelError
+from engine.errors import ConfigError, DataError, EngineError, ModelError
 from engine.model import heads, transformer
+from engine.model.checkpointing import MODES, Checkpointing
 from engine.model.weights import load_policy, scalar_from_policy
-from engine.run.distributed import Ranks, join
+from engine.run.distributed import ALONE, Ranks, join, local
 from engine.run.ema import EMA
 from engine.run.optim import Optimizer, OptimizerConfig, global_norm
 
@@ -22,10 +23,12 @@ def sequences(ranks: Ranks, step: int) -> list[list[int]]:
     return [[(r * 7 + i * 3 + step) % 60 for i in range(9 + r)] for r in range(ranks.size)]
 
 
-def backward(model: Any, sequence: list[int], weight: float) -> torch.Tensor:
+def backward(
+    model: Any, sequence: list[int], weight: float, mode: Checkpointing = "selective"
+) -> torch.Tensor:
     batch = pack_sequences([sequence])
     shift = predictions(batch)
-    hidden = transformer.chosen_rows(transformer.forward(model, batch), shift.rows)
+    hidden = transformer.forward(model, batch, rows=shift.rows, checkpointing=mode)
     logprob, _ = transformer.logprobs(model, hidden, shift.targets, 1.0)
     (-logprob.sum() * weight).backward()
     return logprob.detach()
@@ -89,11 +92,31 @@ def refusals(model: Any, sequence: list[int]) -> None:
         transformer.clone(model, trainable=True)
 
 
+def modes(folder: str) -> None:
+    """Whatever is kept for the backward, and though a layer is gathered again for it: the gradient of one process, and
+    the same bits."""
+    torch.set_num_threads(1)
+    ranks = join("cpu")
+    sharded, one = (load_policy(Path(folder), "bfloat16", True, "cpu", r) for r in (ranks, ALONE))
+    rows, bits = sequences(ranks, 0), []
+    for row in rows:
+        backward(one, row, 1.0)
+    for mode in MODES:
+        for p in sharded.parameters().values():
+            p.grad = None
+        backward(sharded, rows[ranks.rank], 1.0, mode)
+        backward(sharded, rows[0], 0.0, mode)
+        for name, p in sharded.parameters().items():
+            assert distance(p.grad, one.parameters()[name].grad) < 1e-5, (mode, name)
+        bits.append([local(p.grad).clone() for p in sharded.parameters().values()])
+    assert all(torch.equal(a, b) for other in bits[1:] for a, b in zip(bits[0], other, strict=True))
+
+
 def score_head(folder: str) -> None:
     """A head that is a part of its own, float32 in bfloat16 storage, with rows on the first rank only."""
     torch.set_num_threads(1)
     ranks = join("cpu")
-    ours, one = (scalar_from_policy(Path(folder), 3, "bfloat16", True, "cpu", r) for r in (ranks, join_alone()))
+    ours, one = (scalar_from_policy(Path(folder), 3, "bfloat16", True, "cpu", r) for r in (ranks, ALONE))
     rows = sequences(ranks, 0)
     for model, given in ((ours, [rows[ranks.rank]]), (one, rows)):
         for row in given:
@@ -105,10 +128,8 @@ def score_head(folder: str) -> None:
     assert ours.parameters()["score.weight"].to_local().shape[0] == (1 if ranks.is_first else 0)
 
 
-def join_alone() -> Ranks:
-    from engine.run.distributed import ALONE
-
-    return ALONE
+def raised(error: Exception) -> None:
+    raise error
 
 
 def talk() -> None:
@@ -119,6 +140,13 @@ def talk() -> None:
     assert ranks.largest(float(-me)) == 0.0 and ranks.any(me == n - 1) and not ranks.any(False)
     assert ranks.text_of_first(f"from {me} é") == "from 0 é" and ranks.text_of_first("") == ""
     assert ranks.of_first(torch.tensor([float(me)])).tolist() == [0.0]
+    assert ranks.smallest(float(me)) == 0.0
+    assert ranks.by_first(lambda: {"of": me, "text": "é"}) == {"of": 0, "text": "é"}
+    for error, kind in (
+        (ConfigError("no"), ConfigError), (DataError("row 3", "no"), EngineError), (OSError(28, "no"), Exception),
+    ):  # fmt: skip
+        with pytest.raises(kind, match="no"):
+            ranks.by_first(lambda error=error: raised(error) if me == 0 else pytest.fail("not the first"))
     own = [torch.full((i,), i + 0.25) for i in ranks.share(5)]
     assert [x.tolist() for x in ranks.ragged(own, 5)] == [[i + 0.25] * i for i in range(5)]
     assert ranks.ragged([], 0) == []

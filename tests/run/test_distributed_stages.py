@@ -81,6 +81,7 @@ def runs(setting) -> Setting:
     moved = setting.ppo_config("moved")
     resumed = {**moved, "resume_from_checkpoint": "true"}
     checks = [("run.rank_checks:talk", {}), ("run.rank_checks:score_head", {"folder": str(setting.model)})]
+    checks += [("run.rank_checks:modes", {"folder": str(setting.model)})]
     checks += [
         ("run.rank_checks:weights", {"folder": str(setting.model), "dtype": dtype, "replicate": 1})
         for dtype in ("float32", "bfloat16")
@@ -162,7 +163,7 @@ def test_checkpoints_are_of_the_ranks_that_wrote_them(runs):
 
 def test_one_rank_writes_and_says_its_memory_first(runs):
     events = (runs.folder / "two" / "sft" / "events.jsonl").read_text()
-    assert events.count("memory of a rank, update") == 1
+    assert events.count("estimated peak of each of 2 processes") == 1
     steps = [r["step"] for r in records(runs.folder / "two" / "sft") if "loss" in r]
     assert steps == sorted(set(steps))
-    assert "memory of a rank" not in (runs.folder / "one" / "sft" / "events.jsonl").read_text()
+    assert "of each of" not in (runs.folder / "one" / "sft" / "events.jsonl").read_text()

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from engine.config import PPOConfig
-from engine.stages.ppo.advantages import estimate
+from engine.stages.ppo.advantages import estimate, rewards_and_advantages
+from engine.stages.ppo.batch import Scores
 from engine.stages.ppo.rewards import token_rewards, whiten_rewards, with_extra_slot
 
 CONFIG = PPOConfig(
@@ -114,3 +115,28 @@ def test_an_answer_at_its_limit_has_no_extra_slot():
     assert slots.cu.tolist() == [0, 3, 6]
     assert slots.rows.tolist() == [0, 1, 2, 3, 4]
     assert slots.slots.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"whiten_advantages": True, "gamma": 0.9},
+        {"bootstrap_truncated": True},
+        {"kl_estimator": "k3", "missing_eos_mode": "replace"},
+        {"whiten_rewards": True},
+        {"score_at": "eos_plus_one"},
+    ],
+    ids=lambda changes: ", ".join(changes) or "defaults",
+)
+def test_rewards_and_advantages_are_those_of_the_separate_steps(changes):
+    """To the bit on the CPU, whichever way they go."""
+    config = dataclasses.replace(CONFIG, **changes)
+    scores = Scores(OLD, REF, VALUE, FINAL, SCORE)
+    found = rewards_and_advantages(scores, ENDED, CU, 0.1, config)
+    separate = token_rewards(OLD, REF, SCORE, ENDED, CU, 0.1, config)
+    separate = whiten_rewards(separate) if config.whiten_rewards else separate
+    want = separate, estimate(separate, VALUE, FINAL, ENDED, CU, config)
+    for ours, theirs in zip(found, want, strict=True):
+        for name, value in vars(theirs).items():
+            assert torch.equal(getattr(ours, name), value), name

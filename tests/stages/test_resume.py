@@ -82,10 +82,10 @@ def test_resumed_equals_never_stopped(name, after_save, setting, tmp_path, monke
     _, config = stage(name, setting, tmp_path / "killed")
     save, calls = Session.save, []
 
-    def dying_save(self, *arguments):
+    def dying_save(self, *arguments, **options):
         calls.append(1)
         if after_save or len(calls) < 3:
-            save(self, *arguments)
+            save(self, *arguments, **options)
         if len(calls) == 3:
             raise Killed
 

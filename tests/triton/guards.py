@@ -158,12 +158,26 @@ def _accesses(guards: Guards) -> Iterator[None]:
 
 
 @contextmanager
+def _plain_assertions() -> Iterator[None]:
+    """An AssertionError inside a function that a kernel calls comes out as it is: the interpreter wraps such errors."""
+    try:
+        yield
+    except Exception as error:
+        inner: BaseException | None = error
+        while inner is not None and not isinstance(inner, AssertionError):
+            inner = inner.__cause__
+        if inner is None or not _interpreter.active():
+            raise
+        raise inner from None
+
+
+@contextmanager
 def guarded() -> Iterator[Guards]:
     """The block's new tensors are guarded; at its end every band is checked."""
     guards = Guards()
     token = _launch.observer.set(guards.see)
     try:
-        with _accesses(guards), guards:
+        with _plain_assertions(), _accesses(guards), guards:
             yield guards
     finally:
         _launch.observer.reset(token)

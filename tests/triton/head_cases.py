@@ -1,7 +1,6 @@
 """Blocks and inputs of the head's Triton tests (linear_logprob, linear_sample)."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,19 +51,3 @@ def head(
     """hidden (N, H), weight (V, H), bias (V,)."""
     hidden, weight, bias = torch.randn(n, h), torch.randn(v, h) * 3 * h**-0.5, torch.randn(v)
     return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), bias.to(DEVICE)
-
-
-def assertions(check: Callable[[], None]) -> Callable[[], None]:
-    """`check` whose AssertionErrors come out as such from functions that a kernel calls: the interpreter wraps them."""
-
-    @functools.wraps(check)
-    def run() -> None:
-        try:
-            check()
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, AssertionError):
-                cause = cause.__cause__
-            raise cause or error from None
-
-    return run

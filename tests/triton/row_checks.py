@@ -1,7 +1,6 @@
 """Checks of ops that go by rows, on Triton: results by the tolerance rule where an op has two of them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,23 +10,8 @@ from launching import DEVICE
 from torch import Tensor
 
 from engine.kernels._backend import backend
-from engine.kernels.triton import _interpreter
 
 NAMES = ("y", "sum", "d x", "d residual", "d weight", "d bias")
-
-
-@contextmanager
-def plain_assertions() -> Iterator[None]:
-    """What a guard says inside a helper of a kernel comes out as it is: Triton's interpreter puts it in an error."""
-    try:
-        yield
-    except Exception as error:
-        inner: BaseException | None = error
-        while inner is not None and not isinstance(inner, AssertionError):
-            inner = inner.__cause__
-        if inner is None or not _interpreter.active():
-            raise
-        raise inner from error
 
 
 def _with_gradients(

@@ -25,11 +25,16 @@ def without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def records():
+def compiled():
     """tests/triton/violations.py, compiled."""
     run = without_interpreter("tests/triton/violations.py")
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def records(compiled):
+    return compiled["alone"]
 
 
 def failing(record):
@@ -117,6 +122,12 @@ def test_tensor_cores_and_shared_memory_are_read(records):
 def test_the_hash_is_of_the_code_alone(records):
     assert records["copy"]["hash"] == records["copy renamed"]["hash"]
     assert records["copy"]["hash"] != records["copy doubled"]["hash"]
+
+
+def test_kernels_read_by_one_call_are_those_that_cuobjdump_prints(compiled):
+    alone = {name: compiled["alone"][name]["hash"] for name in compiled["together"]}
+    assert len(alone) > 5 and len({*alone.values()}) > 5
+    assert compiled["together"] == alone == compiled["cuobjdump"]
 
 
 def lines(*texts):

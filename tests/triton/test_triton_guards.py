@@ -16,10 +16,21 @@ def _copy(x, out, first, last, BLOCK: tl.constexpr):
     tl.store(out + at, tl.load(x + at, mask=at < last), mask=at < last)
 
 
-def copy(guards, n, first=0, last=None, shift=0):
+@triton.jit
+def _read(x, at):
+    return tl.load(x + at)
+
+
+@triton.jit
+def _copy_by_a_helper(x, out, first, last, BLOCK: tl.constexpr):
+    at = first + tl.arange(0, BLOCK)
+    tl.store(out + at, _read(x, at), mask=at < last)
+
+
+def copy(guards, n, first=0, last=None, shift=0, kernel=_copy):
     x = guards.place(torch.arange(n, dtype=torch.float32), shift)
     out = torch.empty_like(x)
-    launch(_copy, (1,), x, out, first, n if last is None else last, config=Config({"BLOCK": 64}))
+    launch(kernel, (1,), x, out, first, n if last is None else last, config=Config({"BLOCK": 64}))
     return out
 
 
@@ -36,6 +47,12 @@ def test_inside_is_allowed(shift):
 def test_an_address_outside_is_an_error(first, last):
     with pytest.raises(AssertionError, match="an address"), guarded() as guards:
         copy(guards, 37, first, last)
+
+
+@pytest.mark.skipif(not _interpreter.active(), reason="a GPU does not look at addresses")
+def test_an_error_in_a_function_that_a_kernel_calls_comes_out_as_it_is():
+    with pytest.raises(AssertionError, match="an address"), guarded() as guards:
+        copy(guards, 37, kernel=_copy_by_a_helper)
 
 
 def test_writing_to_an_input_or_a_band_is_an_error():

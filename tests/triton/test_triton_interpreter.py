@@ -142,3 +142,34 @@ def test_device_assert_asserts():
     run(_assert_small, torch.tensor([2]))
     with pytest.raises(Exception, match="too large"):
         run(_assert_small, torch.tensor([3]))
+
+
+@triton.jit
+def _twice(x):
+    return x + x
+
+
+@triton.jit
+def _by_functions(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, _twice(_twice(tl.load(x + at))) + tl.zeros((BLOCK,), tl.float32))
+
+
+def test_the_language_is_patched_once_a_launch(monkeypatch):
+    """However often a kernel calls functions, of its own module and of triton's."""
+    from triton.runtime import interpreter
+
+    patched, original = [], interpreter._patch_lang_tensor
+    monkeypatch.setattr(
+        interpreter,
+        "_patch_lang_tensor",
+        lambda module, scope: (patched.append(module), original(module, scope)),
+    )
+    x, out = torch.ones(16), torch.empty(16)
+    times = []
+    for programs in (1, 1, 5):  # the first finds the functions' sources
+        patched.clear()
+        launch(_by_functions, (programs,), x, out, config=Config({"BLOCK": 16}))
+        times.append(len(patched))
+        assert torch.equal(out, 4 * x)
+    assert times[1] == times[2] > 0

@@ -5,7 +5,7 @@ import torch
 from guards import guarded
 from launching import DEVICE, DTYPES, check_on_triton, on_triton
 from mutations import mutations
-from row_checks import check_residual_on_triton, plain_assertions
+from row_checks import check_residual_on_triton
 
 from engine.kernels import _backend
 from engine.kernels.rmsnorm import (
@@ -69,7 +69,7 @@ def test_with_a_residual_stream(dtype, shape):
 def check(rows, block, with_residual):
     """37 columns, 5 rows in parts of 2; row 3 is one that eps decides. On the kernels in use, with these blocks."""
     module, tables = _backend.triton_kernels("rmsnorm"), blocks(rows, block)
-    with pytest.MonkeyPatch.context() as patch, plain_assertions():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "config", lambda op, size, device: tables[op])
         x, weight, grad = torch.randn(5, 37), torch.randn(37), torch.randn(5, 37)
         x[3] *= 1e-3

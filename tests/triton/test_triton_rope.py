@@ -6,7 +6,6 @@ from compare import assert_close
 from guards import guarded
 from launching import DEVICE, DTYPES, check_on_triton, on_triton
 from mutations import mutations
-from row_checks import plain_assertions
 
 from engine.kernels import _backend
 from engine.kernels._backend import backend
@@ -62,7 +61,7 @@ def check_write(tokens, key_heads, size, rot, dtype, page_dtype):
     positions, slots = torch.randint(0, 50, (tokens,)), torch.randperm(3 * PAGE)[:tokens]
     cache = pages(3, key_heads, size, page_dtype)
     inputs = [t.to(DEVICE) for t in (q, k, v, positions, angles(50, rot), *cache, slots)]
-    with guarded() as guards, backend("triton"), plain_assertions():
+    with guarded() as guards, backend("triton"):
         placed = [guards.place(t) for t in inputs]
         ours = written(rope_and_write, *placed, place=guards.written)
     plain = written(rope_and_write_reference, *inputs, place=torch.clone)
@@ -179,7 +178,7 @@ OF_THE_WRITE = {
 
 
 def small_programs(check, *arguments):
-    with pytest.MonkeyPatch.context() as patch, plain_assertions():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backend.triton_kernels("rope"), "config", lambda op, size, device: TOKENS)
         check(*arguments)
 

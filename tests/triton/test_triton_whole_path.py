@@ -41,7 +41,7 @@ OPS = {
     "sft": NETWORK | HEAD,
     "rm": NETWORK | {"ranking_loss"},
     "ppo": NETWORK | HEAD | DECODE
-    | {"kl_reward", "gae", "whiten", "ppo_policy_loss", "ppo_value_loss"},
+    | {"kl_reward_gae", "whiten", "ppo_policy_loss", "ppo_value_loss"},
 }  # fmt: skip
 
 

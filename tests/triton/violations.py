@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import aot, aot_plan
+from bench import aot, aot_code, aot_plan
 from engine.kernels.triton import _launch
 from engine.kernels.triton._launch import Config, launch
 
@@ -114,10 +114,11 @@ CASES = {
 def main() -> None:
     seen: list[_launch.Launch] = []
     _launch.observer.set(lambda launch: bool(seen.append(launch)))
-    records = {}
+    records, kernels = {}, {}
     for name, (arch, start) in CASES.items():
         start()
         variant = aot_plan.specialised(seen[-1], arch, "test", "bfloat16")
+        kernels[name] = aot.assembled(variant)
         records[name] = {
             "op": "test",
             "kernel": variant.kernel,
@@ -127,7 +128,27 @@ def main() -> None:
             "types": variant.types,
             **aot.examined(variant),
         }
-    print(json.dumps(records))
+    print(json.dumps({"alone": records, "together": together(kernels), "cuobjdump": printed(kernels)}))
+
+
+def on_hopper(kernels):
+    return {name: kernel for name, kernel in kernels.items() if CASES[name][0] == "sm_90"}
+
+
+def together(kernels):
+    """The codes' hashes where one call reads all."""
+    chosen = on_hopper(kernels)
+    codes = aot_code.disassembled([kernel.asm["cubin"] for kernel in chosen.values()], "sm_90")
+    return {name: code.hash for name, code in zip(chosen, codes, strict=True)}
+
+
+def printed(kernels):
+    """The codes' hashes from what cuobjdump prints of each."""
+    texts = {
+        name: aot_code.cuobjdump("--dump-sass", kernel.asm["cubin"])
+        for name, kernel in on_hopper(kernels).items()
+    }
+    return {name: aot_code.sass(text).hash for name, text in texts.items()}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def evaluate(
     policy = ppo.policy.whole()
     if prompts:
         rollouts = sample(ppo, policy, prompts)
-        score, _ = total_reward(rewards, rollouts, config.micro_batch_tokens, ppo.ranks)
+        score, _ = total_reward(
+            rewards, rollouts, config.token_budget, config.reward_timeout_s, ppo.ranks
+        )
         kl = reference_kl(ppo, policy.model, rollouts)
         sums = segment_sums(kl, rollouts.cu)
         metrics |= {
@@ -50,7 +52,7 @@ def evaluate(
         }
         rows = sample_rows(ppo, rollouts, score, kl, ppo.iteration, phase, len(prompts))
     if eval_ptx:
-        loss = mean_lm_loss(policy.model, eval_ptx, config.micro_batch_tokens, ppo.ranks)
+        loss = mean_lm_loss(policy.model, eval_ptx, config.token_budget, ppo.ranks)
         metrics |= {"eval/ptx_loss": loss, "eval/ptx_perplexity": math.exp(loss)}
     metrics["timing/evaluate"] = time.perf_counter() - began
     return metrics, rows
@@ -78,7 +80,7 @@ def reference_kl(ppo: PPO, policy: Model, rollouts: Rollouts) -> torch.Tensor:  
     """log pi - log ref of every answer token (k1)."""
     cu, config = rollouts.cu.tolist(), ppo.config
     kl, own = torch.zeros(cu[-1]), ppo.ranks.share(len(rollouts.prompts))
-    for answers in micro_batches(rollouts, own, config.micro_batch_tokens):
+    for answers in micro_batches(rollouts, own, config.token_budget):
         at = torch.cat([torch.arange(cu[e], cu[e + 1]) for e in answers.episodes])
         ours, _ = answer_logprobs(policy, answers, config.temperature)
         theirs, _ = answer_logprobs(ppo.reference, answers, config.temperature)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.data.deal import Pass, own_passes
 from engine.data.pack import Packed, Shift, cut_by_tokens, last_rows, pack_groups, predictions
 from engine.model import heads, transformer
+from engine.model.checkpointing import Checkpointing
 from engine.run.distributed import Ranks
 from engine.stages.ppo.batch import Rollouts
 
@@ -26,6 +28,11 @@ class Answers:
     segments: list[int]  # of the answers, in episode order
     shift: Shift  # answer tokens and the rows that predict them
     episodes: list[int]  # which episodes of the rollouts these are, in the same order
+
+    @property
+    def last_rows(self) -> Tensor:  # (episodes,)
+        """Of each answer's last token."""
+        return last_rows(self.batch, self.segments)
 
 
 def pack_answers(rollouts: Rollouts, prompts: Sequence[int]) -> Answers:
@@ -58,29 +65,38 @@ def token_counts(rollouts: Rollouts, prompts: Sequence[int]) -> list[int]:
 
 
 def answer_logprobs(
-    model: transformer.Model, answers: Answers, temperature: float
+    model: transformer.Model,
+    answers: Answers,
+    temperature: float,
+    checkpointing: Checkpointing = "selective",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each answer token and entropy of the distribution it came from: (M,), (M,) float32.
 
     The same temperature as in sampling: sampled law = scored law.
     """
-    hidden = transformer.forward(model, answers.batch)  # (N, H)
-    predicting = transformer.chosen_rows(hidden, answers.shift.rows)
+    predicting = transformer.forward(
+        model, answers.batch, rows=answers.shift.rows, checkpointing=checkpointing
+    )  # (M, H)
     return transformer.logprobs(model, predicting, answers.shift.targets, temperature)
 
 
-def answer_values(model: heads.ScalarModel, answers: Answers) -> tuple[Tensor, Tensor]:
+def answer_values(
+    model: heads.ScalarModel, answers: Answers, checkpointing: Checkpointing = "selective"
+) -> Tensor:  # (M,)
+    """Value of the state before each answer token."""
+    rows = answers.shift.rows
+    hidden = transformer.forward(model, answers.batch, rows=rows, checkpointing=checkpointing)
+    return heads.scores(model, hidden)
+
+
+def all_values(model: heads.ScalarModel, answers: Answers) -> tuple[Tensor, Tensor]:
     """Value of the state before each answer token (M,), and after the last one (episodes,)."""
-    hidden = transformer.forward(model, answers.batch)
-    before = heads.scores(model, transformer.chosen_rows(hidden, answers.shift.rows))
-    return before, heads.scores(model, last_states(hidden, answers))
+    rows = torch.cat([answers.shift.rows, answers.last_rows])
+    values = heads.scores(model, transformer.forward(model, answers.batch, rows=rows))
+    count = len(answers.shift.rows)
+    return values[:count], values[count:]
 
 
 def answer_scores(model: heads.ScalarModel, answers: Answers) -> Tensor:  # (episodes,)
     """The reward model's score, read at each answer's last real token."""
-    return heads.scores(model, last_states(transformer.forward(model, answers.batch), answers))
-
-
-def last_states(hidden: Tensor, answers: Answers) -> Tensor:  # (N, H) -> (episodes, H)
-    """Of each answer's last token."""
-    return transformer.chosen_rows(hidden, last_rows(answers.batch, answers.segments))
+    return heads.scores(model, transformer.forward(model, answers.batch, rows=answers.last_rows))

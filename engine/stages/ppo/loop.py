@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from engine.config import PPOConfig
-from engine.errors import EngineError
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import CheckpointError, EngineError
 from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine
 from engine.model.heads import ScalarModel
@@ -23,13 +22,17 @@ from engine.model.weights import (
     trained_copy,
 )
 from engine.run.distributed import ALONE, Ranks, join
+from engine.run.ema import EMA
 from engine.run.session import Session, peak_memory_gb, set_threads
-from engine.stages.inputs import PPOData, load_ppo_data
+from engine.stages.epochs import stuck_error
+from engine.stages.estimates import describe
+from engine.stages.inputs import PPOData, check_vocabulary, identities, load_ppo_data
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
+from engine.stages.ppo.flops import iteration_work
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
 from engine.stages.ppo.trainer import PPO
-from engine.stages.several import check_ppo
+from engine.stages.resources import settle_ppo
 
 LIVE = (
     "objective/scores",
@@ -39,48 +42,41 @@ LIVE = (
     "perf/tokens_per_s",
 )
 DEFAULT_SAVE_ITERATIONS = 20
+PHASES = (None, "before", "during", "after")  # of an evaluation that a checkpoint says is still to be done
 
 
 def train_ppo(config: PPOConfig) -> Path:
     """Runs the stage; the final policy is the Hugging Face folder `config.output_dir`, the value model and the
     averaged policy lie in its `value/` and `ema/`."""
-    ranks = join(config.device, config.replicate)
+    ranks = join(config.device, config.replicate, config.reward_timeout_s)
     set_threads(ranks.threads(config.threads))
-    policy = HybridEngine.from_pretrained(
-        config.model_name_or_path,
-        dtype=config.dtype,
-        trainable=True,
-        limits=Limits(max_active=config.max_active, kv_cache_gb=config.kv_cache_gb),
-        device=config.device,
-        ranks=ranks,
-    )
-    data = load_ppo_data(config, policy.tokenizer, policy.model.architecture.max_positions)
+    context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    data = load_ppo_data(config, tokenizer, context)
+    config, chosen = settle_ppo(config, data, ranks)
+    model = load_policy(config.model_name_or_path, config.dtype, True, config.device, ranks)
+    policy = HybridEngine(model, tokenizer, Limits(config.max_active, config.kv_cache_gb))
     reference = load_policy(config.model_name_or_path, config.dtype, device=config.device)
     rewards = load_rewards(config)
     ppo = PPO(policy, initial_value(config, rewards, ranks), reference, config, ranks)
+    models = {config.model_name_or_path: policy.model, "the value model": ppo.value}
+    models |= {f"reward {r.name!r}": r.model for r in rewards if r.model is not None}
+    vocabulary = {name: model.architecture.vocab_size for name, model in models.items()}
+    check_vocabulary(config, data, policy.tokenizer, vocabulary)
     with Session(config, "ppo", config.num_iterations, LIVE, ranks) as session:
-        session.write_config()
-        for line in data.reports:
-            session.log.event(line)
-        judges = [reward.model for reward in rewards if reward.model is not None]
-        check_ppo(session, config, policy.model, ppo.value, [reference, *judges])
-        restore(session, ppo)
-        if ppo.iteration == 0:
-            log_evaluation(session, ppo, rewards, data, "before")
+        session.start(identities(config, data), (*data.reports, chosen))
+        due = restore(session, ppo)
+        if due:
+            log_evaluation(session, ppo, rewards, data, due)
         while ppo.iteration < config.num_iterations:
             iterate(session, ppo, rewards, data)
             done = ppo.iteration
             last = done == config.num_iterations
             if last or is_due(done, config.eval_steps):
                 log_evaluation(session, ppo, rewards, data, "after" if last else "during")
-            if (
-                last
-                or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS)
-                or session.stop_requested
-            ):
-                session.save(done, *ppo.state())
-                session.stop_if_asked(done)
+            save(session, ppo, last or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS))
         export(session, ppo)
+        session.say_totals()
     return Path(config.output_dir)
 
 
@@ -88,15 +84,24 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     """One iteration: draw prompts, answer, reward, train; then the metrics and a few samples."""
     config, iteration, began = ppo.config, ppo.iteration, time.perf_counter()
     prompts = data.draw(config.batch_size // config.num_samples, config.seed, iteration)
+    saved = session.check()
     rollouts = ppo.rollout(prompts)
     sampled = time.perf_counter()
-    reward, terms = total_reward(rewards, rollouts, config.micro_batch_tokens, ppo.ranks)
+    with saved_if_it_fails(session, ppo):
+        reward, terms = total_reward(
+            rewards, rollouts, config.token_budget, config.reward_timeout_s, ppo.ranks
+        )
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
     result = ppo.advance(rollouts, reward, ptx_rows)
-    stats = dict(result.stats)
+    stats = result.stats | saved
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
     stats |= timing(rollouts, ptx_rows, began, sampled, rewarded, stats)
+    models = [reward.model for reward in rewards if reward.model is not None]
+    for phase, work in iteration_work(
+        ppo.policy.model, ppo.value, models, rollouts, ptx_rows, config
+    ).items():
+        stats |= session.totals.add(phase, work, stats[f"timing/{phase}"])
     stats |= {
         "episode": float(ppo.iteration * config.batch_size),
         "perf/peak_memory_gb": ppo.ranks.largest(peak_memory_gb()),
@@ -163,16 +168,50 @@ def is_due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def restore(session: Session, ppo: PPO) -> None:
+def restore(session: Session, ppo: PPO) -> str | None:
+    """Go on from the checkpoint, if any; returns the phase of the evaluation that is to be done first, if any."""
     found = session.resume(ppo.state()[0])
-    if found is not None:
-        ppo.load_state(found.tensors, found.state)
+    if found is None:
+        return "before"
+    ppo.load_state(found)
+    due = found.state.get("evaluation_due")
+    if due not in PHASES:
+        raise CheckpointError(f"{found.path}: evaluation_due is {str(due)[:40]!r}, want one of {PHASES}")
+    return due
+
+
+def save(session: Session, ppo: PPO, on_schedule: bool) -> None:
+    """A checkpoint where one is due or a stop was asked for; ends a run in which nothing is learned any more."""
+    stuck = ppo.skipped_in_a_row >= ppo.config.max_skipped_steps
+    if on_schedule or session.stop_requested or stuck:
+        save_state(session, ppo, interim=not on_schedule)
+    if stuck:
+        session.wait_for_save()
+        raise stuck_error(ppo.iteration, ppo.skipped_in_a_row)
+    session.stop_if_asked(ppo.iteration)
+
+
+def save_state(session: Session, ppo: PPO, interim: bool, evaluation_due: str | None = None) -> None:
+    tensors, state = ppo.state()
+    session.save(ppo.iteration, tensors, state | {"evaluation_due": evaluation_due}, interim)
+
+
+@contextmanager
+def saved_if_it_fails(session: Session, ppo: PPO, evaluation_due: str | None = None) -> Iterator[None]:
+    """Around what changes no weight, a reward function above all: its error costs no iteration."""
+    try:
+        yield
+    except EngineError:
+        if ppo.iteration > 0:
+            save_state(session, ppo, interim=True, evaluation_due=evaluation_due)
+        raise
 
 
 def log_evaluation(
     session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData, phase: str
 ) -> None:
-    metrics, rows = evaluate(ppo, rewards, data.eval_prompts, data.eval_ptx, phase)
+    with saved_if_it_fails(session, ppo, evaluation_due=phase):
+        metrics, rows = evaluate(ppo, rewards, data.eval_prompts, data.eval_ptx, phase)
     if metrics:
         session.log.metrics(ppo.iteration, metrics)
     if rows:
@@ -181,18 +220,18 @@ def log_evaluation(
 
 def export(session: Session, ppo: PPO) -> None:
     """The final models as plain Hugging Face folders."""
-    folder, tokenizer = session.folder, ppo.policy.tokenizer
-    session.export(ppo.policy.whole(), lambda policy: policy.save_pretrained(folder))
-    session.export(whole(ppo.value), lambda value: save_scalar(value, folder / "value", tokenizer))
-    if ppo.learner.ema is not None:
-        averaged(session, ppo, ppo.learner.ema.state(), folder / "ema")
-    session.log.event(f"model: {folder} (value model: value/, averaged policy: ema/)")
+    tokenizer = ppo.policy.tokenizer
+    with session.publishing() as folder:
+        session.export(ppo.policy.whole(), lambda policy: policy.save_pretrained(folder))
+        session.export(whole(ppo.value), lambda value: save_scalar(value, folder / "value", tokenizer))
+        if ppo.learner.ema is not None:
+            export_average(session, ppo.policy, ppo.learner.ema, folder / "ema")
+    session.log.event(f"model: {session.folder} (value model: value/, averaged policy: ema/)")
 
 
-@torch.no_grad()
-def averaged(session: Session, ppo: PPO, average: dict[str, Tensor], folder: Path) -> None:
+def export_average(session: Session, policy: HybridEngine, average: EMA, folder: Path) -> None:
     """Writes the averaged weights as a folder of their own; the policy's own weights come back."""
-    own = {name: tensor.clone() for name, tensor in ppo.policy.model.state().items()}
-    ppo.policy.model.load_state(average)
-    session.export(ppo.policy.whole(), lambda policy: policy.save_pretrained(folder))
-    ppo.policy.model.load_state(own)
+    with average.swapped():
+        policy.refresh()
+        session.export(policy.whole(), lambda averaged: averaged.save_pretrained(folder))
+    policy.refresh()

@@ -10,14 +10,19 @@ from torch import Tensor
 from engine.data.deal import own_passes
 from engine.data.pack import cut_by_tokens, pack_sequences, predictions
 from engine.model import transformer
+from engine.model.checkpointing import Checkpointing
 from engine.run.distributed import ALONE, Ranks
 
 
-def lm_loss(model: transformer.Model, rows: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+def lm_loss(
+    model: transformer.Model,
+    rows: Sequence[Sequence[int]],
+    checkpointing: Checkpointing = "selective",
+) -> tuple[Tensor, int]:
     """Summed negative log-prob of all tokens after each row's first, and how many there are."""
     batch = pack_sequences(rows)
     shift = predictions(batch)
-    hidden = transformer.chosen_rows(transformer.forward(model, batch), shift.rows)
+    hidden = transformer.forward(model, batch, rows=shift.rows, checkpointing=checkpointing)
     logprob, _ = transformer.logprobs(model, hidden, shift.targets, 1.0)
     return -logprob.sum(), logprob.numel()
 
@@ -27,13 +32,14 @@ def backward_lm_loss(
     rows: Sequence[Sequence[int]],
     coefficient: float,
     budget: int,
+    checkpointing: Checkpointing = "selective",
     ranks: Ranks = ALONE,
 ) -> float:
     """Adds coefficient * gradient of the token-mean loss to the masters' gradients; returns the mean loss."""
     total = sum(max(len(row) - 1, 0) for row in rows)
     losses = []  # read when all is launched
     for one in own_passes([len(row) for row in rows], budget, ranks):
-        loss, _ = lm_loss(model, [rows[i] for i in one.items])
+        loss, _ = lm_loss(model, [rows[i] for i in one.items], checkpointing)
         loss = one.loss(loss)
         (loss * (coefficient / max(total, 1))).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +23,12 @@ from engine.model.heads import ScalarModel
 from engine.model.weights import load_scalar
 from engine.run.device import to_host
 from engine.run.distributed import ALONE, Ranks
+from engine.run.time_limit import TimeLimitError, time_limit
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.forward import answer_scores, micro_batches
 
 RewardFunction = Callable[..., Sequence[float | None]]
+LARGEST = 3.4028234663852886e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -68,26 +73,67 @@ def load_rewards(config: PPOConfig) -> list[Reward]:
     return rewards
 
 
-def call_function(reward: Reward, rollouts: Rollouts) -> Tensor:  # (E,) float32, nan where None
-    """The function's values, checked: one number or None for each completion."""
+def call_function(reward: Reward, rollouts: Rollouts, timeout: float | None) -> Tensor:  # (E,)
+    """The function's values, checked: one number or None for each completion; float32, nan where None.
+
+    Raises:
+        EngineError: it raised, took longer than `timeout` seconds, or gave something else.
+    """
     assert reward.function is not None
     prompts = [rollouts.prompt_of(e) for e in range(rollouts.num_episodes)]
     names = sorted({key for prompt in prompts for key in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    values = reward.function(
-        prompts=[prompt.text for prompt in prompts],
-        completions=[completion.text for completion in rollouts.completions],
-        **columns,
-    )
-    if len(values) != rollouts.num_episodes:
+    try:
+        with time_limit(timeout):
+            values = reward.function(
+                prompts=[prompt.text for prompt in prompts],
+                completions=[completion.text for completion in rollouts.completions],
+                **columns,
+            )
+    except TimeLimitError as error:
         raise EngineError(
-            f"reward {reward.name!r}: got {len(values)} values, want {rollouts.num_episodes},"
-            " one a completion; return None where the reward does not apply"
-        )
-    for value in values:
-        if value is not None and not math.isfinite(value):
-            raise EngineError(f"reward {reward.name!r}: got {value}, want finite numbers or None")
-    return torch.tensor([math.nan if v is None else float(v) for v in values], dtype=torch.float32)
+            f"reward {reward.name!r}: no answer within {timeout:g} s for {rollouts.num_episodes} completions; make the"
+            " function faster or give it longer (--reward_timeout_s)"
+        ) from error
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise EngineError(
+            f"reward {reward.name!r}: raised {type(error).__name__}: {error} (line {at.lineno} of {at.filename})"
+        ) from error
+    return checked(reward.name, values, rollouts.num_episodes)
+
+
+def called_by_first(
+    reward: Reward, rollouts: Rollouts, timeout: float | None, ranks: Ranks
+) -> Tensor:  # (E,)
+    """`call_function` in the first process; what it gives, or its error, comes to all."""
+    values = ranks.by_first(lambda: call_function(reward, rollouts, timeout).tolist())
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def checked(name: str, values: object, count: int) -> Tensor:  # (count,) float32
+    """What a function gave, as numbers with nan for None.
+
+    Raises:
+        EngineError: it is not one finite number or None for each of `count` completions.
+    """
+    wanted = f"want a list of {count} numbers or None, one a completion; None where the reward does not apply"
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise EngineError(f"reward {name!r}: got {type(values).__name__}, {wanted}")
+    if len(values) != count:
+        raise EngineError(f"reward {name!r}: got {len(values)} values, {wanted}")
+    numbers = []
+    for number, given in enumerate(values):
+        value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+        if value is None:
+            numbers.append(math.nan)
+            continue
+        if not isinstance(value, Real) or not abs(float(value)) <= LARGEST:  # false for nan too
+            raise EngineError(f"reward {name!r}: value {number} is {str(given)[:40]!r}, {wanted}, all finite")
+        numbers.append(float(value))
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -102,23 +148,32 @@ def model_scores(
 
 
 def total_reward(
-    rewards: Sequence[Reward], rollouts: Rollouts, budget: int, ranks: Ranks = ALONE
+    rewards: Sequence[Reward],
+    rollouts: Rollouts,
+    budget: int,
+    timeout: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum over the terms (E,), and each term by name (nan where a function said None).
 
     A function is called once, by the first rank, with all episodes.
 
     Raises:
-        EngineError: an episode to which no term applies has no reward to learn from.
+        EngineError: an episode to which no term applies has no reward to learn from; a term that is not a finite
+            number; a function that fails.
     """
     total, terms = torch.zeros(rollouts.num_episodes), {}
     applies = torch.zeros(rollouts.num_episodes, dtype=torch.bool)
     for reward in rewards:
         if reward.model is not None:
             value = model_scores(reward.model, rollouts, budget, ranks)
+            if not bool(value.isfinite().all()):
+                raise EngineError(
+                    f"reward {reward.name!r}: the model scores {int((~value.isfinite()).sum())} of {len(value)} answers"
+                    " with a number that is not finite; train it again, or give another one"
+                )
         else:
-            mine = call_function(reward, rollouts) if ranks.is_first else torch.zeros(len(total))
-            value = ranks.of_first(mine)
+            value = called_by_first(reward, rollouts, timeout, ranks)
         terms[reward.name] = value
         applies |= ~value.isnan()
         total = total + reward.weight * value.nan_to_num(nan=0.0)

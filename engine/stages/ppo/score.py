@@ -10,7 +10,7 @@ from engine.model.transformer import Model, whole
 from engine.run.device import to_device
 from engine.run.distributed import ALONE, Ranks
 from engine.stages.ppo.batch import Rollouts, Scores
-from engine.stages.ppo.forward import answer_logprobs, answer_values, micro_batches
+from engine.stages.ppo.forward import all_values, answer_logprobs, micro_batches
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def score(
         if rescore:
             scored[rows], _ = answer_logprobs(scorer, answers, temperature)
         ref_logprob[rows], _ = answer_logprobs(reference, answers, temperature)
-        value[rows], final_value[episodes] = answer_values(value_model, answers)
+        value[rows], final_value[episodes] = all_values(value_model, answers)
     sampled = to_device(rollouts.behaviour_logprob.clone(), device)
     old_logprob = ranks.sum(scored) if rescore else sampled
     return Scores(

@@ -21,19 +21,20 @@ from engine.hybrid import HybridEngine
 from engine.hybrid import Prompt as RawPrompt
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
+from engine.run.checkpoint import Checkpoint
 from engine.run.device import to_device, wait_for
 from engine.run.distributed import ALONE, Ranks
 from engine.run.ema import EMA
 from engine.run.kl_control import AdaptiveKL, FixedKL, KLController
 from engine.run.optim import Optimizer, OptimizerConfig
 from engine.run.schedule import constant_with_warmup
-from engine.stages.ppo.advantages import estimate
+from engine.stages.ppo.advantages import rewards_and_advantages
 from engine.stages.ppo.batch import Rollouts, on_host
 from engine.stages.ppo.metrics import episode_metrics
-from engine.stages.ppo.rewards import token_rewards, whiten_rewards
 from engine.stages.ppo.rollout import rollout
 from engine.stages.ppo.score import score
 from engine.stages.ppo.update import Learner, Targets, update
+from engine.stages.resources import for_models
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PPO:
         config: PPOConfig,
         ranks: Ranks = ALONE,
     ) -> None:
+        config = for_models(config, policy.model, ranks)
         self.policy, self.value, self.reference, self.config = policy, value, reference, config
         self.ranks = ranks
         adam = OptimizerConfig(
@@ -83,6 +85,7 @@ class PPO:
             else AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         )
         self.iteration = 0
+        self.skipped_in_a_row = 0
 
     def rollout(self, prompts: Sequence[Prompt | RawPrompt]) -> Rollouts:
         """config.num_samples answers to each prompt (text, messages, token ids or a data set's
@@ -121,15 +124,10 @@ class PPO:
             rollouts,
             reward,
             config.temperature,
-            config.micro_batch_tokens,
+            config.token_budget,
             self.ranks,
         )
-        rewards = token_rewards(
-            passes.old_logprob, passes.ref_logprob, reward, ended, cu, self.kl.beta, config
-        )
-        if config.whiten_rewards:
-            rewards = whiten_rewards(rewards)
-        advantages = estimate(rewards, passes.value, passes.final_value, ended, cu, config)
+        rewards, advantages = rewards_and_advantages(passes, ended, cu, self.kl.beta, config)
         wait_for(device)
         scored = time.perf_counter()
         targets = Targets(
@@ -140,6 +138,7 @@ class PPO:
             constant_with_warmup(self.iteration, config.learning_rate, config.warmup_iterations),
             config.value_learning_rate,
             self.iteration,
+            self.skipped_in_a_row,
         )
         stats = update(self.learner, targets, config, self.ranks)
         rewards = on_host(rewards)
@@ -152,6 +151,7 @@ class PPO:
             "timing/update": time.perf_counter() - scored,
         }
         self.kl = self.kl.after(stats["objective/kl"], rollouts.num_episodes)
+        self.skipped_in_a_row = int(stats["policy/skipped_in_a_row"])
         self.iteration += 1
         return Iteration(stats, rewards.kl)
 
@@ -166,16 +166,25 @@ class PPO:
         }
         if learner.ema is not None:
             tensors["ema"] = learner.ema.state()
-        return tensors, {"iteration": self.iteration, "kl_coef": self.kl.beta}
+        return tensors, {
+            "iteration": self.iteration,
+            "kl_coef": self.kl.beta,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """What `state` gave; the next step is then the one that the saved run would have taken."""
+    def load_state(self, saved: Checkpoint) -> None:
+        """What `state` gave, read back; the next step is then the one that the saved run would have taken.
+
+        Raises:
+            CheckpointError: a part of it is missing or of another model.
+        """
         learner = self.learner
-        self.policy.model.load_state(tensors["policy"])
-        self.value.load_state(tensors["value"])
-        learner.policy_optimizer.load_state(tensors["optimizer_policy"])
-        learner.value_optimizer.load_state(tensors["optimizer_value"])
+        self.policy.model.load_state(saved.group("policy"))
+        self.value.load_state(saved.group("value"))
+        learner.policy_optimizer.load_state(saved.group("optimizer_policy"))
+        learner.value_optimizer.load_state(saved.group("optimizer_value"))
         if learner.ema is not None:
-            learner.ema.load_state(tensors["ema"])
-        self.kl = replace(self.kl, beta=float(state["kl_coef"]))
-        self.iteration = int(state["iteration"])
+            learner.ema.load_state(saved.group("ema"))
+        self.kl = replace(self.kl, beta=saved.number("kl_coef"))
+        self.iteration = int(saved.number("iteration"))
+        self.skipped_in_a_row = int(saved.number("skipped_in_a_row"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import PPOConfig
-from engine.data.deal import Pass
+from engine.data.deal import counted
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
 from engine.run.device import to_device, to_host
@@ -64,6 +64,7 @@ class Targets:
     learning_rate: float
     value_learning_rate: float
     iteration: int
+    skipped_in_a_row: int  # minibatches before this iteration
 
 
 class Means:
@@ -127,18 +128,20 @@ def policy_backward(
     count: int,
     config: PPOConfig,
     means: Means,
-    one: Pass,
+    counts: bool = True,  # false: only keeps step with other ranks
 ) -> Tensor:  # (M,)
     """Adds the policy gradient of one micro-batch; returns its log-probs."""
-    logprob, entropy = answer_logprobs(policy, answers, config.temperature)
+    logprob, entropy = answer_logprobs(
+        policy, answers, config.temperature, config.activation_checkpointing
+    )
     old = targets.scores.old_logprob[rows]
     advantage = targets.advantages.advantage[rows]
     loss, stats = ops.ppo_policy_loss(
         logprob, old, advantage, clip=config.cliprange, denominator=float(count)
     )
-    one.loss(loss).backward()  # type: ignore[no-untyped-call]
+    counted(loss, counts).backward()  # type: ignore[no-untyped-call]
     n, logprob = rows.numel(), logprob.detach()
-    if n == 0 or not one.counts:
+    if n == 0 or not counts:
         return logprob
     excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
     means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.detach().mean())
@@ -155,10 +158,10 @@ def value_backward(
     count: int,
     config: PPOConfig,
     means: Means,
-    one: Pass,
+    counts: bool = True,  # false: only keeps step with other ranks
 ) -> None:
     """Adds the value gradient of one micro-batch."""
-    new_value, _ = answer_values(value, answers)
+    new_value = answer_values(value, answers, config.activation_checkpointing)
     loss, stats = ops.ppo_value_loss(
         new_value,
         targets.scores.value[rows],
@@ -166,9 +169,9 @@ def value_backward(
         clip=config.cliprange_value,
         denominator=float(count),
     )
-    one.loss(loss).backward()  # type: ignore[no-untyped-call]
+    counted(loss, counts).backward()  # type: ignore[no-untyped-call]
     n = rows.numel()
-    if n and one.counts:
+    if n and counts:
         means.add(n, value_loss=loss.detach() * (count / n), value_clipfrac=stats["clipfrac"])
 
 
@@ -185,7 +188,9 @@ def add_ptx_gradient(
     ppo = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
-    loss = backward_lm_loss(policy, rows, config.ptx_coef, config.micro_batch_tokens, ranks)
+    loss = backward_lm_loss(
+        policy, rows, config.ptx_coef, config.token_budget, config.activation_checkpointing, ranks
+    )
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     means.add(1, ptx_loss=loss, ptx_grad_norm=global_norm(gradients))
     for name, p in parameters.items():
@@ -202,19 +207,19 @@ def update(
     """One iteration's optimizer steps; returns its metrics (means over real tokens of all ranks)."""
     rollouts, cu, means = targets.rollouts, targets.rollouts.cu.tolist(), Means()
     parity: dict[str, float] = {}
-    skipped = 0
+    skipped, in_a_row = 0, targets.skipped_in_a_row
     plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
     for number, prompts in plan:
         learner.policy_optimizer.zero_grad()
         learner.value_optimizer.zero_grad()
-        passes = training_passes(rollouts, prompts, config.micro_batch_tokens, ranks)
+        passes = training_passes(rollouts, prompts, config.token_budget, ranks)
         n = rollouts.num_samples
         count = sum(cu[(i + 1) * n] - cu[i * n] for i in prompts)
         rows, seen = [], []
         for one, answers in passes:
             at = token_rows(cu, answers)
             r = to_device(at, learner.policy.device)
-            given = (targets, answers, r, count, config, means, one)
+            given = (targets, answers, r, count, config, means, one.counts)
             logprob = policy_backward(learner.policy, *given)
             value_backward(learner.value, *given)
             if one.counts:
@@ -228,8 +233,13 @@ def update(
         share = targets.ptx_rows[number :: len(plan)]
         if share and config.ptx_coef > 0:
             add_ptx_gradient(learner.policy, share, config, means, ranks)
-        skipped += step(learner, targets, config, means)
-    return metrics(means.over(ranks), skipped) | parity
+        skipped_here = step(learner, targets, config, means)
+        skipped += skipped_here
+        in_a_row = in_a_row + 1 if skipped_here else 0
+    learner.policy_optimizer.zero_grad()  # the next rollouts' cache lies where they lay
+    learner.value_optimizer.zero_grad()
+    stats = metrics(means.over(ranks), skipped) | parity
+    return stats | {"policy/skipped_in_a_row": float(in_a_row)}
 
 
 def of_all_ranks(

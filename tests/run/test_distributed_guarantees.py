@@ -1,0 +1,74 @@
+"""What a run of one process guarantees, over two: damaged shards, skipped steps, stops, refusals, the lock."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from run.test_distributed_stages import COMMON
+from several_processes import ROOT, finish, run_jobs, start
+from small_engines import save_tiny
+from stages.tiny_data import write_all
+
+WAIT = 600.0  # a machine may be busy
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("guarantees")
+    return {"model": str(save_tiny("llama", folder / "model")), **write_all(folder, count=7)}
+
+
+def sft_config(setting: dict[str, str], out: Path) -> dict:
+    return {
+        **COMMON, "model_name_or_path": setting["model"], "output_dir": str(out), "dataset_name": setting["sft"],
+        "per_device_train_batch_size": 4, "num_train_epochs": 9, "learning_rate": 3e-3, "micro_batch_tokens": 60,
+        "save_steps": 100,
+    }  # fmt: skip
+
+
+def ppo_config(setting: dict[str, str], out: Path) -> dict:
+    return {
+        **COMMON, "model_name_or_path": setting["model"], "output_dir": str(out), "dataset_name": setting["prompts"],
+        "max_length": 60, "total_episodes": 12, "batch_size": 4, "num_mini_batches": 2, "response_length": 6,
+        "micro_batch_tokens": 60,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "check", ["a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "a_full_disk", "another_config"]
+)
+def test_of_a_supervised_run(check, setting, tmp_path):
+    run_jobs(2, [(f"run.rank_faults:{check}", {"config": sft_config(setting, tmp_path / "run")})], tmp_path)
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_reward_that_fails_costs_no_iteration(how, setting, tmp_path):
+    arguments = {"config": ppo_config(setting, tmp_path / "run"), "how": how}
+    run_jobs(2, [("run.rank_faults:a_reward_that_fails", arguments)], tmp_path)
+
+
+def test_ranks_choose_the_same_micro_batches(setting, tmp_path):
+    config = {**sft_config(setting, tmp_path / "run"), "micro_batch_tokens": None}
+    run_jobs(2, [("run.rank_faults:the_same_choice", {"config": config})], tmp_path)
+
+
+def test_two_runs_in_one_folder(setting, tmp_path):
+    """The second ends, on all ranks, with a message; the first goes on."""
+    config, file, jobs = sft_config(setting, tmp_path / "run"), tmp_path / "go on", tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([("run.rank_faults:until", {"config": config, "file": str(file)})]))
+    first = start(2, [str(ROOT / "tests" / "several_processes.py"), str(jobs)])
+    try:
+        ended = time.monotonic() + WAIT
+        while not (tmp_path / "run" / "config.yaml").exists() and time.monotonic() < ended:
+            assert all(process.poll() is None for process in first)
+            time.sleep(0.1)
+        values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
+        flags = [word for key, value in values.items() for word in (f"--{key}", value)]
+        second = start(2, ["-m", "engine.train", "--stage", "sft", *flags])
+        said = [process.communicate(timeout=WAIT)[0] for process in second]
+        assert [process.returncode for process in second] == [1, 1], said
+        assert all("another run writes to" in text and "Traceback" not in text for text in said), said
+    finally:
+        file.touch()
+        finish(first)
