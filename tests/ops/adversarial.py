@@ -140,7 +140,7 @@ def every_op() -> list[str]:
 
 
 def hostile_values(x: torch.Tensor, r: random.Random) -> torch.Tensor:
-    """Offsets, tokens, pages or numbers that point anywhere; what the dtype does not hold wraps around, or is infinite."""
+    """Offsets, tokens, pages or numbers that point anywhere; what a dtype does not hold wraps around or is infinite."""
     y, values = x.clone(), NUMBERS if x.dtype.is_floating_point else INTEGERS
     for _ in range(r.randint(1, max(1, x.numel()))):
         if x.numel():
