@@ -159,6 +159,10 @@ def adamw_steps(
     scale, clip = (1.0, clip_scale) if isinstance(clip_scale, Tensor) else (clip_scale, None)
     if scale == 0.0 or not weights:
         return
+    # What the dispatcher does not do for an op that is registered from Python: autograd, and whoever watches for
+    # stale copies, sees that these are written to, also where the step breaks off.
+    written = [t for w in weights for t in (w.master, w.exp_avg, w.exp_avg_sq, w.dense, w.ema) if t is not None]
+    torch.autograd.graph.increment_version(written)
     corrections = (bias_correction1, bias_correction2_sqrt)
     backend = choose("adamw", *(tensor for weight in weights for tensor in weight.tensors))
     if backend == "cpp":
@@ -177,10 +181,6 @@ def adamw_steps(
             kernel("adamw_step")(master, grad.contiguous(), *others, *numbers, scale, clip, ema_decay)
         if weight.packed is not None and float(clip_scale) != 0.0:  # on the CPU: nothing is packed elsewhere
             refresh_weight(weight.packed, weight.master)
-    # What the dispatcher does not do for an op that is registered from Python: autograd, and whoever watches for
-    # stale copies, sees that these were written to.
-    written = [t for w in weights for t in (w.master, w.exp_avg, w.exp_avg_sq, w.dense, w.ema) if t is not None]
-    torch.autograd.graph.increment_version(written)
 
 
 def _blocks(x: Tensor) -> Tensor:
