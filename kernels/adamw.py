@@ -12,6 +12,7 @@ copy (8 with the packed one) and 16 for the average; one pass has the master in 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -84,6 +85,31 @@ def _check(
             raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous tensor")
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """One weight and what a step reads and writes beside it; shapes and dtypes as in `adamw_step`."""
+
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    copy: Tensor | PackedWeight | None
+    ema: Tensor | None
+    weight_decay: float
+
+    @property
+    def dense(self) -> Tensor | None:
+        return self.copy.dense if isinstance(self.copy, PackedWeight) else self.copy
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        return self.copy if isinstance(self.copy, PackedWeight) and self.copy.data is not None else None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.dense, self.ema
+
+
 @torch.no_grad()
 def adamw_step(
     master: Tensor,  # any shape, float32
@@ -108,28 +134,53 @@ def adamw_step(
     A `clip_scale` of 0 moves nothing, moments included: `clip_scale_of` gives it for a norm that is not finite.
     Raises ValueError on shapes and dtypes that do not fit. Source: Loshchilov and Hutter 2019, algorithm 2.
     """
-    dense = copy.dense if isinstance(copy, PackedWeight) else copy
-    tensors = (master, grad, exp_avg, exp_avg_sq, dense, ema)
-    _check(*tensors)
+    one = Stepped(master, grad, exp_avg, exp_avg_sq, copy, ema, weight_decay)
+    adamw_steps([one], lr, beta1, beta2, eps, bias_correction1, bias_correction2_sqrt, clip_scale, ema_decay)
+
+
+@torch.no_grad()
+def adamw_steps(
+    weights: Sequence[Stepped],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    bias_correction1: float,
+    bias_correction2_sqrt: float,
+    clip_scale: float | Tensor = 1.0,
+    ema_decay: float = 0.0,
+) -> None:
+    """`adamw_step` for each weight, in order; C++ is entered once for all, since a model has hundreds of small ones.
+
+    All are looked at before the first is moved: one that does not fit leaves the others as they are.
+    """
+    for weight in weights:
+        _check(*weight.tensors)
     scale, clip = (1.0, clip_scale) if isinstance(clip_scale, Tensor) else (clip_scale, None)
-    if scale == 0.0:
+    if scale == 0.0 or not weights:
         return
-    numbers = (lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2_sqrt)
-    backend = choose("adamw", *tensors)
-    packed = copy if isinstance(copy, PackedWeight) and copy.data is not None else None
-    given = (master, grad.contiguous(), exp_avg, exp_avg_sq)
-    if backend == "reference":
-        adamw_step_reference(*tensors, *numbers, clip_scale, ema_decay)
-    elif packed is not None and backend == "cpp":
-        kernel("adamw_step_packed")(*given, dense, packed_data(packed), ema, *numbers, scale, clip, ema_decay)
-    else:
-        kernel("adamw_step")(*given, dense, ema, *numbers, scale, clip, ema_decay)
-    if packed is not None and backend != "cpp" and float(clip_scale) != 0.0:  # on the CPU: nothing is packed elsewhere
-        refresh_weight(packed, master)
     # What the dispatcher does not do for an op that is registered from Python: autograd, and whoever watches for
-    # stale copies, sees that these were written to.
-    written = [t for t in (master, exp_avg, exp_avg_sq, dense, ema) if t is not None]
+    # stale copies, sees that these are written to, also where the step breaks off.
+    written = [t for w in weights for t in (w.master, w.exp_avg, w.exp_avg_sq, w.dense, w.ema) if t is not None]
     torch.autograd.graph.increment_version(written)
+    corrections = (bias_correction1, bias_correction2_sqrt)
+    backend = choose("adamw", *(tensor for weight in weights for tensor in weight.tensors))
+    if backend == "cpp":
+        columns = zip(*(weight.tensors for weight in weights), strict=True)
+        masters, grads, exp_avgs, exp_avg_sqs, copies, averages = (list(column) for column in columns)
+        data = [None if weight.packed is None else packed_data(weight.packed) for weight in weights]
+        grads, decays = [grad.contiguous() for grad in grads], [weight.weight_decay for weight in weights]
+        given = (masters, grads, exp_avgs, exp_avg_sqs, copies, data, averages, lr, beta1, beta2, eps, decays)
+        kernel("adamw_steps")(*given, *corrections, scale, clip, ema_decay)
+    for weight in weights if backend != "cpp" else ():
+        numbers = (lr, beta1, beta2, eps, weight.weight_decay, *corrections)
+        if backend == "reference":
+            adamw_step_reference(*weight.tensors, *numbers, clip_scale, ema_decay)
+        else:
+            master, grad, *others = weight.tensors
+            kernel("adamw_step")(master, grad.contiguous(), *others, *numbers, scale, clip, ema_decay)
+        if weight.packed is not None and float(clip_scale) != 0.0:  # on the CPU: nothing is packed elsewhere
+            refresh_weight(weight.packed, weight.master)
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -174,9 +225,9 @@ define(
     lambda *arguments: None,
 )
 define(
-    "adamw_step_packed(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
-    " Tensor(d!) dense, Tensor(e!) data, Tensor(f!)? ema, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, float bias_correction1, float bias_correction2_sqrt, float clip_scale,"
+    "adamw_steps(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor?[] copies, Tensor?[] data, Tensor?[] emas, float lr, float beta1, float beta2, float eps,"
+    " float[] weight_decays, float bias_correction1, float bias_correction2_sqrt, float clip_scale,"
     " Tensor? clip, float ema_decay) -> ()",
     lambda *arguments: None,
 )

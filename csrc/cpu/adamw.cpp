@@ -134,6 +134,7 @@ namespace engine {
 namespace {
 
 constexpr int64_t kSquares = 16384;  // kernels/adamw.py: SQUARES
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 void check_moment(const at::Tensor& t, const at::Tensor& master, const char* name) {
   check_cpu_contiguous(t, name);
@@ -168,47 +169,27 @@ AdamWElements elements_of(const at::Tensor& master, const at::Tensor& grad, cons
           ema ? ema->data_ptr<float>() : nullptr};
 }
 
-AdamW numbers_of(double lr, double beta1, double beta2, double eps, double weight_decay, double bias_correction1,
-                 double bias_correction2_sqrt, double clip_scale, const std::optional<at::Tensor>& clip,
-                 double ema_decay) {
-  const double scale = clip ? clip->item<double>() : clip_scale;
-  const double numbers[] = {1.0 - beta1, beta2, 1.0 - beta2, 1.0 / bias_correction2_sqrt, eps, lr / bias_correction1,
-                            lr * weight_decay, scale, 1.0 - ema_decay};
-  float single[std::size(numbers)];
-  std::copy(std::begin(numbers), std::end(numbers), single);
-  return {single[0], single[1], single[2], single[3], single[4], single[5], single[6], single[7], single[8]};
-}
+struct Hyperparameters {
+  double lr, beta1, beta2, eps, bias_correction1, bias_correction2_sqrt, clip_scale, ema_decay;
 
-void adamw_step(const at::Tensor& master, const at::Tensor& grad, const at::Tensor& exp_avg,
-                const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& copy,
-                const std::optional<at::Tensor>& ema, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double bias_correction1, double bias_correction2_sqrt, double clip_scale,
-                const std::optional<at::Tensor>& clip, double ema_decay) {
-  const at::Tensor wide = grad.to(at::kFloat);
-  const AdamWElements all = elements_of(master, wide, exp_avg, exp_avg_sq, copy, ema);
-  const AdamW step = numbers_of(lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2_sqrt, clip_scale,
-                                clip, ema_decay);
-  if (step.clip_scale == 0.0f) return;
+  AdamW rounded(double weight_decay) const {
+    const double numbers[] = {1.0 - beta1, beta2, 1.0 - beta2, 1.0 / bias_correction2_sqrt, eps, lr / bias_correction1,
+                              lr * weight_decay, clip_scale, 1.0 - ema_decay};
+    float single[std::size(numbers)];
+    std::copy(std::begin(numbers), std::end(numbers), single);
+    return {single[0], single[1], single[2], single[3], single[4], single[5], single[6], single[7], single[8]};
+  }
+};
+
+void step_all(const AdamWElements& all, const AdamW& step, int64_t size) {
   const auto run = pick_adamw_elements();
-  at::parallel_for(0, master.numel(), kElementsPerTask,
+  at::parallel_for(0, size, kElementsPerTask,
                    [&](int64_t begin, int64_t end) { run(step, all.from(begin), end - begin); });
 }
 
 // Panel after panel: the packed panel is made while its rows of the master lie in the cache.
-void adamw_step_packed(const at::Tensor& master, const at::Tensor& grad, const at::Tensor& exp_avg,
-                       const at::Tensor& exp_avg_sq, const at::Tensor& dense, const at::Tensor& data,
-                       const std::optional<at::Tensor>& ema, double lr, double beta1, double beta2, double eps,
-                       double weight_decay, double bias_correction1, double bias_correction2_sqrt, double clip_scale,
-                       const std::optional<at::Tensor>& clip, double ema_decay) {
-  const at::Tensor wide = grad.to(at::kFloat);
-  const AdamWElements all = elements_of(master, wide, exp_avg, exp_avg_sq, dense, ema);
-  TORCH_CHECK_VALUE(master.dim() == 2, "master: got shape ", master.sizes(), ", want (N, K)");
-  const int64_t cols = dense.size(0), depth = dense.size(1);
-  const Right right = right_of(data, dense.scalar_type(), cols, depth);
-  const AdamW step = numbers_of(lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2_sqrt, clip_scale,
-                                clip, ema_decay);
-  if (step.clip_scale == 0.0f) return;
-  char* packed = static_cast<char*>(data.data_ptr());
+void step_panels(const AdamWElements& all, const AdamW& step, const Right& right, int64_t cols, int64_t depth) {
+  char* packed = const_cast<char*>(static_cast<const char*>(right.data));
   const int64_t rows = pick_panel_columns()();
   const int64_t panels_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows * depth));
   const auto run = pick_adamw_elements();
@@ -220,6 +201,49 @@ void adamw_step_packed(const at::Tensor& master, const at::Tensor& grad, const a
       one_panel(all.master, cols, depth, right.arithmetic, p, all.master, false, packed + p * right.panel_bytes);
     }
   });
+}
+
+void adamw_step(const at::Tensor& master, const at::Tensor& grad, const at::Tensor& exp_avg,
+                const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& copy,
+                const std::optional<at::Tensor>& ema, double lr, double beta1, double beta2, double eps,
+                double weight_decay, double bias_correction1, double bias_correction2_sqrt, double clip_scale,
+                const std::optional<at::Tensor>& clip, double ema_decay) {
+  const Hyperparameters numbers{lr, beta1, beta2, eps, bias_correction1, bias_correction2_sqrt,
+                                clip ? clip->item<double>() : clip_scale, ema_decay};
+  const at::Tensor wide = grad.to(at::kFloat);
+  const AdamWElements all = elements_of(master, wide, exp_avg, exp_avg_sq, copy, ema);
+  const AdamW step = numbers.rounded(weight_decay);
+  if (step.clip_scale != 0.0f) step_all(all, step, master.numel());
+}
+
+// Of each weight what adamw_step takes, and the bytes of its packed copy or nothing.
+void adamw_steps(at::TensorList masters, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                 const OptionalTensors& copies, const OptionalTensors& data, const OptionalTensors& emas, double lr,
+                 double beta1, double beta2, double eps, at::ArrayRef<double> weight_decays, double bias_correction1,
+                 double bias_correction2_sqrt, double clip_scale, const std::optional<at::Tensor>& clip,
+                 double ema_decay) {
+  const size_t count = masters.size();
+  for (const size_t length : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), copies.size(), data.size(),
+                              emas.size(), weight_decays.size()})
+    TORCH_CHECK_VALUE(length == count, "adamw_steps: got lists of ", length, " and ", count, ", want one length");
+  const Hyperparameters numbers{lr, beta1, beta2, eps, bias_correction1, bias_correction2_sqrt,
+                                clip ? clip->item<double>() : clip_scale, ema_decay};
+  for (size_t i = 0; i < count; ++i) {
+    const at::Tensor& master = masters[i];
+    const std::optional<at::Tensor> copy = copies.get(i), bytes = data.get(i);
+    const at::Tensor wide = grads[i].to(at::kFloat);
+    const AdamWElements all = elements_of(master, wide, exp_avgs[i], exp_avg_sqs[i], copy, emas.get(i));
+    const AdamW step = numbers.rounded(weight_decays[i]);
+    if (step.clip_scale == 0.0f) continue;
+    if (!bytes) {
+      step_all(all, step, master.numel());
+      continue;
+    }
+    TORCH_CHECK_VALUE(copy && master.dim() == 2, "data: got bytes for a master of shape ", master.sizes(),
+                      copy ? "" : " without a copy", ", want (N, K) with one");
+    const int64_t cols = master.size(0), depth = master.size(1);
+    step_panels(all, step, right_of(*bytes, copy->scalar_type(), cols, depth), cols, depth);
+  }
 }
 
 at::Tensor square_sums(const at::Tensor& x) {
@@ -250,7 +274,7 @@ at::Tensor ordered_sum(const at::Tensor& x) {
 
 TORCH_LIBRARY_IMPL(engine, CPU, m) {
   m.impl("adamw_step", &engine::adamw_step);
-  m.impl("adamw_step_packed", &engine::adamw_step_packed);
+  m.impl("adamw_steps", &engine::adamw_steps);
   m.impl("square_sums", &engine::square_sums);
   m.impl("ordered_sum", &engine::ordered_sum);
 }

@@ -48,7 +48,7 @@ at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int
 namespace {
 
 constexpr int64_t kRowsPerPiece = 2048;  // statistics, or a slab's gradients, of so many rows are held at once
-constexpr int64_t kSlab = 1024;          // columns of the vocabulary whose gradients are held at once
+constexpr int64_t kSlab = 768;           // columns of the vocabulary whose gradients are held at once
 
 void check_targets(const at::Tensor& targets, int64_t rows, int64_t vocabulary) {
   check_cpu_contiguous(targets, "targets");

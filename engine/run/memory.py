@@ -34,7 +34,7 @@ GB = 1e9
 # Freed tensors that glibc's malloc keeps, as a share of the activations: measured 0.53 and 0.65 (docs/memory.md)
 KEPT_BY_MALLOC = 0.6
 _M_MMAP_THRESHOLD, _MAPPED_APART = -3, 1 << 20
-HEAD_ROWS, HEAD_COLUMNS = 2048, 1056  # of a slab of logits: csrc/cpu/linear_logprob.cpp
+HEAD_ROWS, HEAD_COLUMNS = 2048, 800  # of a slab of logits: csrc/cpu/linear_logprob.cpp
 
 
 class Sizes(Protocol):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from engine.errors import CheckpointError, ConfigError
-from engine.kernels.adamw import adamw_step, bias_corrections, grad_norm
+from engine.kernels.adamw import Stepped, adamw_steps, bias_corrections, grad_norm
 from engine.kernels.linear import PackedWeight
 from engine.run.distributed import local, norm_over_shards
 from engine.run.ema import EMA
@@ -168,27 +168,23 @@ class Optimizer:
         eps = self.config.eps / (corrections[1] if self.config.eps_style == "tf" else 1.0)
         averages = {} if self._ema is None else self._ema.within_step()
         decay = 0.0 if self._ema is None else self._ema.decay
-        for name, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            average = averages.get(name)
-            adamw_step(
-                local(parameter),
-                local(parameter.grad),
-                local(self._exp_avg[name]),
-                local(self._exp_avg_sq[name]),
-                None if self._weights is None else self._weights.written_by_step(name),
-                None if average is None else local(average),
-                lr,
-                beta1,
-                beta2,
-                eps,
-                self.config.weight_decay if decays(name, parameter) else 0.0,
-                *corrections,
-                clip_scale,
-                decay,
-            )
+        stepped = [self._stepped(name, averages.get(name)) for name in self.parameters]
+        adamw_steps(stepped, lr, beta1, beta2, eps, *corrections, clip_scale, decay)
         if self._weights is not None:
             self._weights.step_taken(self.parameters)
+
+    def _stepped(self, name: str, average: Tensor | None) -> Stepped:
+        parameter = self.parameters[name]
+        assert parameter.grad is not None
+        return Stepped(
+            local(parameter),
+            local(parameter.grad),
+            local(self._exp_avg[name]),
+            local(self._exp_avg_sq[name]),
+            None if self._weights is None else self._weights.written_by_step(name),
+            None if average is None else local(average),
+            self.config.weight_decay if decays(name, parameter) else 0.0,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a later step depends on, plus the count of skipped steps. Not copies."""

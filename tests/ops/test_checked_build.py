@@ -8,6 +8,7 @@ OPS = {
     "attention": ["attention", "attention_decode", "transformer_step"],
     "small": ["adamw", "gae", "gelu", "kl_reward", "layernorm", "ppo_policy_loss", "ppo_value_loss", "ranking_loss",
               "rmsnorm", "rope", "swiglu", "whiten"],
+    "hostile": ["adversarial"],
 }  # fmt: skip
 # What tests the definition, the schema or the errors; what is long and goes through no other memory.
 LEFT_OUT = (

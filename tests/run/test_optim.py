@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from engine.errors import CheckpointError, ConfigError
+from engine.kernels import adamw
 from engine.kernels._backend import backend
 from engine.kernels.linear import pack_weight
 from engine.model.names import Kind, Spec
@@ -340,12 +341,30 @@ def test_a_master_written_by_hand_is_still_found() -> None:
         weights.check()
 
 
-def test_a_step_that_breaks_off_leaves_the_weights_stale() -> None:
+def test_a_step_that_is_refused_moves_no_weight() -> None:
     weights = _weights(torch.bfloat16)
     optimizer = Optimizer(weights.masters, weights=weights)
     _set_gradients(weights.masters, 0)
-    optimizer._exp_avg["score.weight"] = torch.zeros(3)
+    before = {name: master.detach().clone() for name, master in weights.masters.items()}
+    optimizer._exp_avg["score.weight"] = torch.zeros(3)  # the last one
     with pytest.raises(ValueError, match="exp_avg: got shape"):
+        optimizer.step(0.01)
+    assert weights.version == 0
+    weights.check()
+    assert all(torch.equal(master, before[name]) for name, master in weights.masters.items())
+
+
+def test_a_step_that_breaks_off_leaves_the_weights_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = _weights(torch.bfloat16)
+    optimizer = Optimizer(weights.masters, weights=weights)
+    _set_gradients(weights.masters, 0)
+
+    def breaks(*arguments: Any) -> None:
+        raise MemoryError("in the middle")
+
+    monkeypatch.setattr(adamw, "choose", lambda *tensors: "reference")
+    monkeypatch.setattr(adamw, "adamw_step_reference", breaks)
+    with pytest.raises(MemoryError):
         optimizer.step(0.01)
     assert weights.version == 0
     with pytest.raises(StaleWeightsError):
