@@ -24,6 +24,7 @@ from bench import machine
 from engine.model.transformer import Model
 from engine.run.flops import forward_flops, grouped
 from engine.run.memory import Sizes
+from engine.run.optim import Optimizer
 from engine.stages.ppo import reward_sources, score, trainer, update
 
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def clocked(reference: Model) -> Iterator[dict[str, float]]:
         (reward_sources, "model_scores", lambda *_: "reward"),
         (update, "policy_backward", lambda *_: "policy update"),
         (update, "value_backward", lambda *_: "value update"),
-        (update, "step", lambda *_: "optimizer"),
+        (Optimizer, "step", lambda *_: "optimizer"),
     ]
     with ExitStack() as stack:
         for module, name, phase_of in places:

@@ -247,9 +247,11 @@ def ppo_estimator(
         larger = max(
             (policy, value), key=lambda m: memory.token_bytes(m.architecture, machine.dtypes, mode)
         )
-        # one micro-batch: the second's gradients come as its activations go
-        one = tokens >= load.step and not mixed and machine.size == 1
         used = machine.activations(larger.architecture, count, mode)
+        # one model after the other; with one micro-batch, gradients come as activations go
+        one = tokens >= load.step and not mixed and machine.size == 1
+        gradients = max(first, second)
+        there = max(0.0, gradients - used["activations"]) if one else gradients
         scored = memory.scored_token_bytes(policy.architecture, machine.dtypes) * count
         cache = cache_bytes(
             policy.architecture,
@@ -266,7 +268,7 @@ def ppo_estimator(
                 "scores": {**weights, **scorers, "activations": float(scored)},
                 "trains": {
                     **weights,
-                    "gradients": first + (0.0 if one else second),
+                    "gradients": there,
                     "gradients of the two terms apart": first * mixed,
                     **machine.training_pass([policy, value]),
                     **used,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.config import PPOConfig
-from engine.data.deal import counted
+from engine.data.deal import Pass, counted
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model
 from engine.run.device import to_device, to_host
@@ -201,45 +201,88 @@ def add_ptx_gradient(
             p.grad = gradient
 
 
+@dataclass(frozen=True)
+class Minibatch:
+    """Prompts that one step of each model is taken on, in micro-batches; `count` answer tokens on all ranks."""
+
+    number: int
+    passes: tuple[tuple[Pass, Answers], ...]
+    count: int
+
+
 def update(
     learner: Learner, targets: Targets, config: PPOConfig, ranks: Ranks = ALONE
 ) -> dict[str, float]:
-    """One iteration's optimizer steps; returns its metrics (means over real tokens of all ranks)."""
-    rollouts, cu, means = targets.rollouts, targets.rollouts.cu.tolist(), Means()
+    """One iteration's optimizer steps; returns its metrics (means over real tokens of all ranks).
+
+    The two models share nothing: the policy steps first, and its gradients are gone before the value model's come.
+    """
+    rollouts, means = targets.rollouts, Means()
+    cu, n = rollouts.cu.tolist(), rollouts.num_samples
     parity: dict[str, float] = {}
     skipped, in_a_row = 0, targets.skipped_in_a_row
     plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
     for number, prompts in plan:
-        learner.policy_optimizer.zero_grad()
-        learner.value_optimizer.zero_grad()
-        passes = training_passes(rollouts, prompts, config.token_budget, ranks)
-        n = rollouts.num_samples
-        count = sum(cu[(i + 1) * n] - cu[i * n] for i in prompts)
-        rows, seen = [], []
-        for one, answers in passes:
-            at = token_rows(cu, answers)
-            r = to_device(at, learner.policy.device)
-            given = (targets, answers, r, count, config, means, one.counts)
-            logprob = policy_backward(learner.policy, *given)
-            value_backward(learner.value, *given)
-            if one.counts:
-                rows.append(at)
-                seen.append(logprob)
-        if number == 0:
-            parity = parity_metrics(
-                rollouts, on_host(targets.scores), *of_all_ranks(rows, seen, cu[-1], ranks)
-            )
-        means.add(1, ppo_grad_norm=learner.policy_optimizer.grad_norm())
+        passes = tuple(training_passes(rollouts, prompts, config.token_budget, ranks))
+        minibatch = Minibatch(number, passes, sum(cu[(i + 1) * n] - cu[i * n] for i in prompts))
         share = targets.ptx_rows[number :: len(plan)]
-        if share and config.ptx_coef > 0:
-            add_ptx_gradient(learner.policy, share, config, means, ranks)
-        skipped_here = step(learner, targets, config, means)
-        skipped += skipped_here
-        in_a_row = in_a_row + 1 if skipped_here else 0
-    learner.policy_optimizer.zero_grad()  # the next rollouts' cache lies where they lay
-    learner.value_optimizer.zero_grad()
+        policy_skipped, first = policy_step(learner, targets, minibatch, share, config, means, ranks)
+        parity |= first
+        value_skipped = value_step(learner, targets, minibatch, config, means)
+        skipped += policy_skipped + value_skipped
+        in_a_row = in_a_row + 1 if policy_skipped or value_skipped else 0
     stats = metrics(means.over(ranks), skipped) | parity
     return stats | {"policy/skipped_in_a_row": float(in_a_row)}
+
+
+def policy_step(
+    learner: Learner,
+    targets: Targets,
+    minibatch: Minibatch,
+    ptx_rows: Sequence[Sequence[int]],
+    config: PPOConfig,
+    means: Means,
+    ranks: Ranks,
+) -> tuple[bool, dict[str, float]]:
+    """The policy's gradients, one clip and one step, which renews compute copy and average. Returns whether it was
+    skipped and, of an iteration's first minibatch, how far sampled and trained log-probs are apart."""
+    optimizer, rollouts = learner.policy_optimizer, targets.rollouts
+    cu, parity = rollouts.cu.tolist(), dict[str, float]()
+    rows, seen = [], []
+    optimizer.zero_grad()
+    for one, answers in minibatch.passes:
+        at = token_rows(cu, answers)
+        given = (to_device(at, learner.policy.device), minibatch.count, config, means, one.counts)
+        logprob = policy_backward(learner.policy, targets, answers, *given)
+        if one.counts:
+            rows.append(at)
+            seen.append(logprob)
+    if minibatch.number == 0:
+        parity = parity_metrics(rollouts, on_host(targets.scores), *of_all_ranks(rows, seen, cu[-1], ranks))
+    means.add(1, ppo_grad_norm=optimizer.grad_norm())
+    if ptx_rows and config.ptx_coef > 0:
+        add_ptx_gradient(learner.policy, ptx_rows, config, means, ranks)
+    result = optimizer.step(targets.learning_rate, config.max_grad_norm or None)
+    optimizer.zero_grad()
+    if not result.skipped:
+        means.add(1, grad_norm=result.grad_norm)
+    return result.skipped, parity
+
+
+def value_step(
+    learner: Learner, targets: Targets, minibatch: Minibatch, config: PPOConfig, means: Means
+) -> bool:
+    """The value model's gradients and step; returns whether it was skipped."""
+    optimizer, cu = learner.value_optimizer, targets.rollouts.cu.tolist()
+    optimizer.zero_grad()
+    for one, answers in minibatch.passes:
+        rows = to_device(token_rows(cu, answers), learner.policy.device)
+        value_backward(learner.value, targets, answers, rows, minibatch.count, config, means, one.counts)
+    result = optimizer.step(targets.value_learning_rate, config.max_grad_norm or None)
+    optimizer.zero_grad()
+    if not result.skipped:
+        means.add(1, value_grad_norm=result.grad_norm)
+    return result.skipped
 
 
 def of_all_ranks(
@@ -255,18 +298,6 @@ def of_all_ranks(
     wide = ranks.sum(wide)
     (chosen,) = wide[0].nonzero(as_tuple=True)
     return chosen, wide[1, chosen]
-
-
-def step(learner: Learner, targets: Targets, config: PPOConfig, means: Means) -> int:
-    """One clip and one step of each model, which renews compute copy and average. Returns how many were skipped."""
-    clip = config.max_grad_norm or None
-    policy = learner.policy_optimizer.step(targets.learning_rate, clip)
-    value = learner.value_optimizer.step(targets.value_learning_rate, clip)
-    if not policy.skipped:
-        means.add(1, grad_norm=policy.grad_norm)
-    if not value.skipped:
-        means.add(1, value_grad_norm=value.grad_norm)
-    return int(policy.skipped) + int(value.skipped)
 
 
 def metrics(means: Means, skipped: int) -> dict[str, float]:
