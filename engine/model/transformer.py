@@ -51,8 +51,7 @@ SMALLEST_TABLE = 256
 
 @dataclass(frozen=True)
 class Model:
-    """A language model: its architecture, its weights, and the ``config.json`` that it came
-    with."""
+    """A language model: its architecture, its weights, and the ``config.json`` that it came with."""
 
     architecture: Architecture
     weights: Weights
@@ -201,8 +200,7 @@ def hidden_states(
 
     Raises:
         ModelError: a token outside the vocabulary, a position outside the model's range, or masters
-            that were
-            changed without ``model.refresh()``.
+            that were changed without ``model.refresh()``.
     """
     a, weights = model.architecture, model.weights
     weights.check()

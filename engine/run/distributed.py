@@ -25,7 +25,9 @@ from engine.run.device import choose_device
 if TYPE_CHECKING:  # a process alone does not load it
     from torch.distributed.device_mesh import DeviceMesh
 
-TOLD = {kind.__name__: kind for kind in (CheckpointError, ConfigError, ModelError, OutputError)}
+TOLD: dict[str, type[EngineError]] = {
+    kind.__name__: kind for kind in (CheckpointError, ConfigError, ModelError, OutputError)
+}
 WAIT, LONGEST_WAIT = timedelta(minutes=30), timedelta(days=1)  # of a rank for another that lives; the dead end all
 SHARD, REPLICATE = "shard", "replicate"  # names of the mesh's dimensions; weights are cut along the first
 
@@ -110,7 +112,8 @@ class Ranks:
         """
         if self.mesh is None:
             return do()
-        failed, told = None, ""
+        failed: EngineError | OSError | None = None
+        told = ""
         if self.is_first:
             try:
                 told = json.dumps({"gave": do()})

@@ -11,7 +11,7 @@ import platform
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -119,7 +119,9 @@ class Session:
         ranks.by_first(self._claim)
         self._asked_to_stop = False
         self._handlers: dict[int, Any] = {}
-        self._lock = files.folder_lock(self.folder) if ranks.is_first else nullcontext()
+        self._lock: AbstractContextManager[None] = nullcontext()  # the first holds the folder, for all
+        if ranks.is_first:
+            self._lock = files.folder_lock(self.folder)
         self.totals = Totals()
         self._products = exact_products(config.exact_logprobs)
         self._saver = saver_of(self.folder, config.save_total_limit, ranks)

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.errors import CheckpointError, OutputError
+from engine.errors import CheckpointError, EngineError, OutputError
 from engine.run import checkpoint
 from engine.run.checkpoint import Checkpoint
 from engine.run.distributed import Ranks, is_sharded
@@ -100,9 +100,11 @@ def save(
         with failures_named(final, OutputError):
             save_shards(_flat(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
         ranks.by_first(finish)
-    except BaseException:
+    except BaseException as error:
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, EngineError):  # of all ranks: none goes on before the folder is as it was
+            ranks.wait()
         raise
     return final
 
