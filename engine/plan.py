@@ -27,9 +27,10 @@ from engine.model.checkpointing import MODES
 from engine.model.names import REST, Head, parameter_specs, part_of
 from engine.run.memory import GB, Dtypes, Estimate, parameters
 from engine.stages.estimates import Described, Load, Machine, PPOModels, describe, ppo_estimator
-from engine.stages.resources import MOST_TOKENS
+from engine.stages.resources import most_tokens
 
 PAPER = {"1.3B": (24, 2048, 16), "6B": (32, 4096, 32), "175B": (96, 12288, 96)}  # layers, hidden, heads
+GPU = torch.device("cuda")
 STORAGE = torch.bfloat16
 EPISODES, MINIBATCHES, PTX_PER_EPISODE = 512, 8, 8  # paper C.4
 EXIT_CANNOT = 2
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpus", type=int, required=True, help="ranks, one a GPU")
     found.add_argument("--gpu_memory", type=float, required=True, help="GB (10^9 bytes) of one")
     found.add_argument("--replicate", type=int, default=1, help="copies of the sharded weights (HSDP)")
-    found.add_argument("--micro_batch_tokens", type=int, default=MOST_TOKENS, help="tokens of a pass")
+    found.add_argument("--micro_batch_tokens", type=int, default=most_tokens(GPU), help="tokens of a pass")
     keep = defaults["activation_checkpointing"].default
     found.add_argument("--activation_checkpointing", choices=MODES, default=keep, help="what a pass keeps")
     cache = defaults["kv_cache_gb"].default
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 def machine_of(gpus: int, replicate: int, gpu_memory: float) -> Machine:
     """A GPU that holds nothing yet."""
     free = int(gpu_memory * GB)
-    return Machine(Dtypes(STORAGE, STORAGE), False, 0.0, 0, free, size=gpus, shards=gpus // replicate)
+    return Machine(GPU, Dtypes(STORAGE, STORAGE), False, 0.0, 0, free, size=gpus, shards=gpus // replicate)
 
 
 def tokens_of_a_rank(options: argparse.Namespace) -> tuple[float, float]:

@@ -212,7 +212,8 @@ def test_ops_are_checked_against_their_definitions(name, monkeypatch):
 def test_a_pass_over_bytes_by_hand(monkeypatch):
     monkeypatch.setattr(training_kernels, "op_calls", lambda _: {"gae": (lambda: None, 10e9)})
     monkeypatch.setattr(training_kernels, "check_op", lambda _: None)
-    times = iter([2.0, 3.0] * 10 + [4.0] * 20)
+    calls = training_kernels.CALLS
+    times = iter([2.0, 3.0] * (calls // 2) + [4.0] * calls)
     monkeypatch.setattr(training_kernels, "seconds_of", lambda _: next(times))
     (row,) = training_kernels.passes(("gae", "sft"), 2, LIMITS)
     assert (row["ratio"], row["ratio_min"], row["ratio_max"]) == (3.0, 2.0, 4.0)

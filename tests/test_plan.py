@@ -24,7 +24,7 @@ SPECS = {
        (("mlp.up_proj.weight", Spec((30, 10), "matrix")), ("mlp.down_proj.weight", Spec((10, 10), "matrix")))},
 }  # fmt: skip
 MODEL = Described(described("1.3B", "lm_head").architecture, SPECS)
-FOUR = Machine(Dtypes(BF16, BF16), False, 0.0, held=0, free=10**12, size=4, shards=4)
+FOUR = Machine(torch.device("cuda"), Dtypes(BF16, BF16), False, 0.0, held=0, free=10**12, size=4, shards=4)
 TWO_BY_TWO = replace(FOUR, shards=2)
 
 
@@ -53,7 +53,7 @@ def test_what_a_phase_gathers():
     assert sum(phases["scores"].values()) == weights + 2 * 2000 + kept  # no kernel of a CPU: the policy scores too
     assert "policy, gathered" not in estimate(replace(FOUR, packed=True)).phases["scores"]
     trains = phases["trains"]
-    assert trains["gradients"] == 2 * 4 * 1000 / 4
+    assert trains["gradients"] == 4 * 1000 / 4  # of one model after the other
     assert trains["embeddings and head, gathered, with their gradient"] == (2 + 4) * 200
     assert trains["two layers gathered, one's gradient and its reduction"] == 2 * 2 * 400 + 8 * 400 + 4 * 300
     assert phases["saves"]["checkpoint"] == (3 * 2 + 1) * 4 * 1000 / 4

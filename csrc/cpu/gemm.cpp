@@ -102,14 +102,17 @@ void stage_chunk_transposed(const Matrix& source, int64_t rows, int64_t depth, A
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "gemm_at.h"
+#include "team.h"
 
 namespace engine {
 namespace {
 
 // Less than some 10 microseconds of work is not worth a thread.
 constexpr int64_t kFlopsPerTask = 1 << 20, kBytesPerTask = 1 << 17;
+constexpr int64_t kRowsPerTask = 96;  // a multiple of every class's blocks of rows
 constexpr int64_t kStagedRows = 48;  // of a transposed operand at once: 200 KB for 1,024 tokens
 
 at::Tensor bytes(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at::kByte)); }
@@ -258,23 +261,23 @@ Out out_of(const at::Tensor& c, bool accumulate, const float* bias) {
   return {c.data_ptr(), c.scalar_type() == at::kBFloat16, c.stride(0), accumulate, bias};
 }
 
+// Tasks of some rows and a thread's own columns, whose panels it then reads alone; rows only where there are too few panels
+// to share out. A thread that is done takes tasks of a slower one: a core that others use too was seen at 60 % of its rate.
 void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, int64_t depth, const Out& out) {
   if (rows == 0 || cols == 0) return;
   const auto run = pick_product();
-  const int64_t width = pick_panel_columns()(), panels = panels_of(cols), height = 32 * pick_block_rows()(right.arithmetic);
-  const int64_t tasks = std::max(2 * rows * cols * depth / kFlopsPerTask, panels * right.panel_bytes / kBytesPerTask);
-  const int64_t parts = std::clamp<int64_t>(tasks, 1, at::get_num_threads());
-  // Columns first: a thread then reads its own panels only. Rows where there are too few panels to share out evenly.
-  const int64_t row_parts = panels >= 8 * parts ? 1 : std::clamp<int64_t>((rows + height - 1) / height, 1, parts);
-  const int64_t col_parts = std::min((parts + row_parts - 1) / row_parts, panels);
-  const int64_t blocks = (rows + height - 1) / height;
-  at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / col_parts, c = i % col_parts;
-      const Part part{blocks * r / row_parts * height, std::min(blocks * (r + 1) / row_parts * height, rows),
-                      panels * c / col_parts * width, std::min(panels * (c + 1) / col_parts * width, cols)};
-      if (part.row0 < part.row1 && part.col0 < part.col1) run(left, right, depth, part, out);
-    }
+  const int64_t width = pick_panel_columns()(), panels = panels_of(cols);
+  const int64_t worth = std::max(2 * rows * cols * depth / kFlopsPerTask, panels * right.panel_bytes / kBytesPerTask);
+  const int64_t threads = std::clamp<int64_t>(worth, 1, at::get_num_threads());
+  if (threads == 1) return run(left, right, depth, {0, rows, 0, cols}, out);
+  const int64_t row_parts = (rows + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t shares = threads * (row_parts < 4 ? 4 : 1);
+  const int64_t col_parts = panels >= 8 * shares ? shares : row_parts < threads ? std::min(threads, panels) : 1;
+  Team::share_out(row_parts * col_parts, threads, [&](int64_t, int64_t i) {
+    const int64_t c = i / row_parts, r = i % row_parts;
+    const Part part{r * kRowsPerTask, std::min((r + 1) * kRowsPerTask, rows), panels * c / col_parts * width,
+                    std::min(panels * (c + 1) / col_parts * width, cols)};
+    if (part.col0 < part.col1) run(left, right, depth, part, out);
   });
 }
 
@@ -287,20 +290,22 @@ void multiply_transposed(const at::Tensor& a, const Right& right, int64_t cols, 
   const Arithmetic arithmetic = right.arithmetic;
   const bool tiles = arithmetic == Arithmetic::tiles;
   const int64_t height = pick_block_rows()(arithmetic), together = std::max<int64_t>(kStagedRows / height, 1) * height;
+  const int64_t tasks = (rows + together - 1) / together, threads = std::min<int64_t>(at::get_num_threads(), tasks);
   const auto stage = pick_stage_chunk_transposed();
   const auto run = pick_product();
-  at::parallel_for(0, (rows + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
-    LeftOperand left = staged(together, depth, arithmetic);
-    if (!tiles) left.view.row = 1, left.view.depth = height;
-    const int64_t block_bytes = block_bytes_of(left, arithmetic);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * together, n = std::min(together, rows - first);
-      const Matrix some{static_cast<const char*>(source.data) + first * (source.bf16 ? 2 : 4), source.bf16, source.stride};
-      for (int64_t chunk = 0; chunk < (depth + 31) / 32; ++chunk)
-        stage(some, n, depth, arithmetic, chunk, block_bytes, left.staged.data_ptr());
-      const Out to{static_cast<float*>(out.data) + first * out.stride, false, out.stride, out.accumulate, nullptr};
-      run(left.view, right, depth, {0, n, 0, std::min(panels * width, cols)}, to);
-    }
+  std::vector<LeftOperand> blocks;  // a thread's own
+  for (int64_t t = 0; t < threads; ++t) {
+    blocks.push_back(staged(together, depth, arithmetic));
+    if (!tiles) blocks.back().view.row = 1, blocks.back().view.depth = height;
+  }
+  Team::share_out(tasks, threads, [&](int64_t thread, int64_t i) {
+    const LeftOperand& left = blocks[static_cast<size_t>(thread)];
+    const int64_t first = i * together, n = std::min(together, rows - first), block_bytes = block_bytes_of(left, arithmetic);
+    const Matrix some{static_cast<const char*>(source.data) + first * (source.bf16 ? 2 : 4), source.bf16, source.stride};
+    for (int64_t chunk = 0; chunk < (depth + 31) / 32; ++chunk)
+      stage(some, n, depth, arithmetic, chunk, block_bytes, left.staged.data_ptr());
+    const Out to{static_cast<float*>(out.data) + first * out.stride, false, out.stride, out.accumulate, nullptr};
+    run(left.view, right, depth, {0, n, 0, std::min(panels * width, cols)}, to);
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "logprob_at.h"
+#include "team.h"
 
 namespace engine {
 
@@ -39,8 +40,8 @@ at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int
   at::Tensor statistics = at::empty({row1 - row0, blocks, 3}, at::TensorOptions().dtype(at::kFloat));
   auto* out = reinterpret_cast<BlockStatistics*>(statistics.data_ptr<float>());
   const auto run = pick_logprob_statistics();
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    run(head, row0, row1, begin, end, targets, out, target_z);
+  Team::share_out(blocks, at::get_num_threads(), [&](int64_t, int64_t block) {
+    run(head, row0, row1, block, block + 1, targets, out, target_z);
   });
   return statistics;
 }
@@ -48,7 +49,9 @@ at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int
 namespace {
 
 constexpr int64_t kRowsPerPiece = 2048;  // statistics, or a slab's gradients, of so many rows are held at once
-constexpr int64_t kSlab = 768;           // columns of the vocabulary whose gradients are held at once
+constexpr int64_t kSlab = 768;           // columns of the vocabulary whose gradients are held at once; of fewer rows, more
+constexpr int64_t kLongestSlab = 4096;
+constexpr int64_t kSharedColumns = 128;  // of a slab that a thread takes at once
 
 void check_targets(const at::Tensor& targets, int64_t rows, int64_t vocabulary) {
   check_cpu_contiguous(targets, "targets");
@@ -93,15 +96,15 @@ struct Backward {
   Arithmetic weight, activation;
 
   void slab_gradient(const RowGradients& rows, int64_t row0, const at::Tensor& dz, int64_t col0, bool accumulate) {
-    const int64_t n = dz.size(0), col1 = col0 + dz.size(1), width = kVocabularyBlock;
+    const int64_t n = dz.size(0), col1 = col0 + dz.size(1);
     const Out out{dz.data_ptr(), dz.scalar_type() == at::kBFloat16, dz.stride(0), false, nullptr};
     at::Tensor sums = db.defined() ? at::empty({dz.size(1)}, db.options()) : at::Tensor();
     float* bias_sums = db.defined() ? sums.data_ptr<float>() - col0 : nullptr;
     Head piece = head;
     const auto run = pick_logprob_gradient();
-    const int64_t panel = pick_panel_columns()(), step = dz.size(1) >= 4 * width ? width : panel;
-    at::parallel_for(0, (dz.size(1) + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
-      run(piece, {row0, row0 + n, col0 + begin * step, std::min(col0 + end * step, col1)}, rows,
+    const int64_t panel = pick_panel_columns()(), step = kSharedColumns / panel * panel;
+    Team::share_out((dz.size(1) + step - 1) / step, at::get_num_threads(), [&](int64_t, int64_t i) {
+      run(piece, {row0, row0 + n, col0 + i * step, std::min(col0 + (i + 1) * step, col1)}, rows,
           {static_cast<char*>(out.data) - row0 * out.stride * (out.bf16 ? 2 : 4), out.bf16, out.stride, false, nullptr},
           col0, bias_sums);
     });
@@ -116,12 +119,13 @@ struct Backward {
   void run(const RowGradients& rows, int64_t row0, int64_t row1) {
     const int64_t n = row1 - row0, depth = head.depth;
     const auto dz_options = hidden.options().dtype(activation == Arithmetic::tiles ? at::kBFloat16 : at::kFloat);
-    const at::Tensor memory = at::empty({n, kSlab + 32}, dz_options);  // not a multiple of 4 KiB from row to row
+    const int64_t slab = std::min(kRowsPerPiece * kSlab / n / 256 * 256, kLongestSlab);
+    const at::Tensor memory = at::empty({n, slab + 32}, dz_options);  // not a multiple of 4 KiB from row to row
     const bool first = row0 == 0;
     RightOperand h;
     if (dw.defined()) h = right_from_rows(hidden.narrow(0, row0, n), activation);
-    for (int64_t col = 0; col < head.vocabulary; col += kSlab) {
-      const int64_t width = std::min(kSlab, head.vocabulary - col);
+    for (int64_t col = 0; col < head.vocabulary; col += slab) {
+      const int64_t width = std::min(slab, head.vocabulary - col);
       const at::Tensor dz = memory.narrow(1, 0, width);
       slab_gradient(rows, row0, dz, col, !first);
       if (dh.defined()) {

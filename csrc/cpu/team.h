@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace engine {
@@ -49,10 +50,21 @@ class Team {
     uint64_t phase_ = 0;
   };
 
-  // run(member) on every thread of the team; inside another parallel region, on the caller alone.
+  // task(thread, i) for i = 0 ... count - 1, on at most `threads` of them. A task must not throw.
+  template <typename Task>
+  static void share_out(int64_t count, int64_t threads, Task task) {
+    if (std::min(count, threads) <= 1) {
+      for (int64_t i = 0; i < count; ++i) task(int64_t{0}, i);
+      return;
+    }
+    const auto all = [&](Member& member) { member.each(count, [&](int64_t i) { task(member.thread(), i); }); };
+    gather(all, std::min(count, threads));
+  }
+
+  // run(member) on every thread of the team, at most `most`; inside another parallel region, on the caller alone.
   template <typename Run>
-  static void gather(Run run) {
-    const int wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
+  static void gather(Run run, int64_t most = std::numeric_limits<int>::max()) {
+    const int wanted = at::in_parallel_region() ? 1 : static_cast<int>(std::min<int64_t>(at::get_num_threads(), most));
     Team team(wanted);
 #pragma omp parallel num_threads(wanted)
     {

@@ -34,7 +34,7 @@ GB = 1e9
 # Freed tensors that glibc's malloc keeps, as a share of the activations: measured 0.53 and 0.65 (docs/memory.md)
 KEPT_BY_MALLOC = 0.6
 _M_MMAP_THRESHOLD, _MAPPED_APART = -3, 1 << 20
-HEAD_ROWS, HEAD_COLUMNS = 2048, 800  # of a slab of logits: csrc/cpu/linear_logprob.cpp
+HEAD_SLAB, HEAD_COLUMNS = 2048 * 800, 4128  # numbers of a slab of logits, and of a row's: csrc/cpu/linear_logprob.cpp
 
 
 class Sizes(Protocol):
@@ -169,7 +169,7 @@ def head_bytes(a: Sizes, tokens: int, scalar: bool) -> float:
     """A slab of the logits' gradients, and the gradients of the vocabulary's matrix: the head's and the table's.
     `scalar`: the head has one row, and the table's is all."""
     table = 4.0 * a.vocab_size * a.hidden_size
-    return table if scalar else 2 * table + 4 * min(tokens, HEAD_ROWS) * HEAD_COLUMNS
+    return table if scalar else 2 * table + 4 * min(tokens * HEAD_COLUMNS, HEAD_SLAB)
 
 
 def give_back_freed() -> bool:

@@ -70,6 +70,7 @@ class Machine:
     """Where models compute: dtypes there, what this process holds already, what is free; and the processes of the run,
     over which trained weights are cut into `shards`."""
 
+    device: torch.device
     dtypes: Dtypes
     packed: bool  # products read a second copy of the weights, as on a CPU
     kept_share: float  # of the activations, freed and kept by malloc
@@ -89,6 +90,7 @@ class Machine:
             given_back = memory.give_back_freed()
         held, free = held_and_free(device, local_size)
         return cls(
+            device=device,
             dtypes=Dtypes(storage, activation_dtype(storage, device)),
             packed=device.type == "cpu" and kernels_usable(),
             kept_share=0.0 if given_back else memory.KEPT_BY_MALLOC,

@@ -12,7 +12,7 @@ from engine.model.names import Head
 from engine.run.distributed import world
 from engine.run.memory import GB, Estimate
 from engine.stages.estimates import Load, Machine, epoch_estimator, ppo_estimator
-from engine.stages.resources import MOST_TOKENS
+from engine.stages.resources import most_tokens
 
 SHOWN = 5
 ALLOCATORS = re.compile(
@@ -30,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def expected(config: RunConfig) -> Estimate:
     """The estimate of `resources` for items as long as the config lets them be: data that was read is gone by now."""
     machine = Machine.of(config, *world())  # asks no other process: this one is at its end
-    tokens = config.micro_batch_tokens or MOST_TOKENS
+    tokens = config.micro_batch_tokens or most_tokens(machine.device)
     if isinstance(config, PPOConfig):
         longest = config.max_length + config.num_samples * config.response_length
         prompts = -(-config.batch_size // config.num_samples)

@@ -77,13 +77,17 @@ def test_activations_are_counted_within_a_twentieth(family, mode, tmp_path):
 
 
 def test_the_longest_item_is_the_least_micro_batch():
-    assert candidates(Load(longest=300, step=900)) == [1024, 768, 512, 300]
-    assert candidates(Load(longest=9000, step=50000)) == [9000]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert candidates(Load(longest=300, step=900), cpu) == [1024, 768, 512, 300]
+    assert candidates(Load(longest=300, step=50000), cpu)[0] == 1024
+    assert candidates(Load(longest=300, step=50000), gpu)[0] == 4096
+    assert candidates(Load(longest=9000, step=50000), cpu) == [9000]
     assert load_of([5, 9, 2, 7], 2) == Load(longest=9, step=16)
 
 
 def machine_of(config, free: float, held: float = 4e8) -> Machine:
-    return replace(Machine.of(config), free=int(free), held=int(held))
+    """With a GPU, for which more sizes are tried."""
+    return replace(Machine.of(config), device=torch.device("cuda"), free=int(free), held=int(held))
 
 
 def config_of(kind, shaped, tmp_path, **more):
