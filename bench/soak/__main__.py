@@ -26,7 +26,7 @@ from typing import Any
 from bench import machine, records
 from bench.soak import SoakError, verdict
 from bench.soak.faults import FAULTS
-from bench.soak.play import Play
+from bench.soak.play import LOST, Play
 from bench.soak.setting import Setting, make_inputs
 from bench.soak.start import Start
 from bench.soak.system import Sample, shared_memory
@@ -37,7 +37,6 @@ RESULT = "soak.json"
 CALIBRATION = 60  # iterations
 SAVE_STEPS, FEW_SAVE_STEPS = 8, 2
 SHORT = 40  # iterations below which checkpoints come more often
-LOST = 0.6
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:

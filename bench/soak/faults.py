@@ -164,7 +164,7 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def damage(stage: Stage) -> Plan | None:
-    """The newest checkpoint, where there is a whole one before it and so many come after it that it is gone in the end."""
+    """The newest checkpoint, where there is a whole one before it and enough come after it to push it out."""
     kept = checkpoint.kept(stage.out)
     found, step = newest(stage.out)
     whole = [path for path in kept if is_whole(path)]

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.soak import SoakError, verdict
-from bench.soak.faults import AT_THE_END, FAILED, KILLED, Fault, Plan
+from bench.soak.faults import AT_THE_END, FAILED, KILLED, Fault, Plan, plain
 from bench.soak.setting import KEEP, Setting
 from bench.soak.start import Start, last_step, newest
 from engine.run import checkpoint
 
-LOST = 0.6  # of save_steps, at a fault; half of them where nothing is saved first
+LOST = 0.6  # of save_steps, at a start: half of them where nothing is saved first, more for a damaged checkpoint
 
 
 def aimed_pace(left: int, seconds: float, start_s: float, iteration_s: float, lost: float) -> float:
@@ -86,7 +86,7 @@ class Play:
                     self._deck.remove(fault)
                     return fault, plan
             if len(self._deck) == len(self.faults):  # none of them: let it make its first checkpoints
-                return Fault("SIGKILL after two checkpoints", (KILLED,), lambda _: Plan(), self._two_checkpoints), Plan()
+                return Fault("SIGKILL after two checkpoints", (KILLED,), plain, self._two_checkpoints), Plan()
             self._deck = []
 
     def _two_checkpoints(self, _: object, start: Start) -> None:
@@ -149,7 +149,7 @@ class Play:
             self._excused.add(plan.damaged.name)
         self._excused &= set(broken)
         new = [name for name in broken if name not in self._excused]
-        half_removed = code == KILLED and len(new) == 1 and new[0] != checkpoint.kept(self.out)[-1].name
+        half_removed = code == KILLED and len(new) == 1 and new[0] != verdict.plain_name(checkpoint.kept(self.out)[-1])
         if new and not half_removed:
             raise SoakError(f"after exit code {code} checkpoints are damaged: {[broken[name] for name in new]}")
         self._excused |= set(new)

@@ -78,16 +78,22 @@ class Start:
         self._file = self._inode()
         self.log = setting.folder / "logs" / f"{number}.log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                setting.words(out, flags),
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=setting.environment(fault or {}),
-                start_new_session=True,  # Ctrl-C is ours alone
-                preexec_fn=give_up_rights if heeds_rights else None,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    setting.words(out, flags),
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=setting.environment(fault or {}),
+                    start_new_session=True,  # Ctrl-C is ours alone
+                    preexec_fn=give_up_rights if heeds_rights else None,
+                )
+            except subprocess.SubprocessError as error:
+                raise SoakError(
+                    f"a superuser's run cannot be made to heed the rights of files ({error}); run this as an ordinary"
+                    " user, or leave out the fault 'read-only folder' (--faults)"
+                ) from error
 
     def __enter__(self) -> Self:
         return self

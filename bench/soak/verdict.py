@@ -115,8 +115,13 @@ def broken_checkpoints(out: Path) -> dict[str, str]:
         try:
             checkpoint.verify(path)
         except checkpoint.CheckpointError as error:
-            found[path.name] = str(error)
+            found[plain_name(path)] = str(error)
     return found
+
+
+def plain_name(path: Path) -> str:
+    """Of a checkpoint that a kill caught between two renames, the name that it had."""
+    return path.name[path.name.index("checkpoint-") :]
 
 
 def no_processes(mark: str, looks: int = LOOKS) -> None:
