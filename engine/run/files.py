@@ -64,14 +64,18 @@ def replace(path: Path, text: str) -> None:
 def append(path: Path, text: str) -> None:
     """Add text, a whole line or several, to a file in one unbuffered write.
 
-    A kill leaves whole lines, or at worst one cut last line. A disk with room for a part of the text gets none of it.
+    A kill leaves whole lines, or at worst one cut last line, which stays one: the next text begins a line of its own.
+    A disk with room for a part of the text gets none of it.
 
     Raises:
         OutputError: the disk refuses.
     """
     data = text.encode()
-    with refusals_named(path), path.open("ab", buffering=0) as file:
+    with refusals_named(path), path.open("a+b", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
+        if before:
+            file.seek(before - 1)
+            data = data if file.read(1) == b"\n" else b"\n" + data
         try:
             written = 0
             while written < len(data):

@@ -117,6 +117,14 @@ def test_damage_is_found_named_and_passed_over(
     assert _same(load(found).tensors, _tensors(1))
 
 
+def test_a_manifest_of_another_step_is_passed_over(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    manifest = _save(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.warns(UserWarning, match=r"checkpoint-1; passed over: .*says step 3"):
+        assert latest(tmp_path) == tmp_path / "checkpoint-1"
+
+
 def test_all_damaged_is_an_error_that_names_them(tmp_path: Path) -> None:
     for step in (1, 2):
         _flip(_save(tmp_path, step) / "policy.safetensors")

@@ -4,62 +4,25 @@ nothing lost."""
 import dataclasses
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from full_disk import FullDisk
 from run import faulty
+from same_run import timeless
 
 import engine
 from engine.errors import OutputError
-from engine.run import checkpoint, files
+from engine.run import checkpoint
 from engine.train import main
-
-
-class FullDisk:
-    """From the n-th write into a folder on every one fails, as on a disk that is full."""
-
-    EVENTS = frozenset({"os.rename", "os.mkdir"})
-
-    def __init__(self) -> None:
-        self.folder, self.left = "", 0
-        sys.addaudithook(self)  # cannot be removed: without a folder it does nothing
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.folder:
-            return
-        writes = (
-            event == "open"
-            and isinstance(arguments[2], int)
-            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        )
-        if (writes or event in self.EVENTS) and str(arguments[0]).startswith(self.folder):
-            self.count()
-
-    def count(self) -> None:
-        if not self.folder:
-            return
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(28, "No space left on device", self.folder)
-
 
 DISK = FullDisk()
 
 
 @pytest.fixture
 def disk(monkeypatch):
-    """What Python's own functions do not announce counts as a write too: tensors and syncs."""
-    for owner, name in ((checkpoint, "save_file"), (files.os, "fsync")):
-        call = getattr(owner, name)
-
-        def counted(*arguments, call=call, **options):
-            DISK.count()
-            return call(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, counted)
+    DISK.unannounced(monkeypatch.setattr)
     yield DISK
     DISK.folder = ""
 
@@ -72,15 +35,8 @@ def setting(tmp_path_factory) -> dict[str, str]:
 sft = partial(faulty.sft, per_device_train_batch_size=6, max_steps=2)
 
 
-def timeless(folder: Path) -> list[dict]:
-    return [
-        {
-            k: v
-            for k, v in json.loads(x).items()
-            if k != "time" and "timing/" not in k and "perf/" not in k
-        }
-        for x in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+def records(folder: Path) -> list[dict]:
+    return [timeless(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_full_at_each_write(setting, tmp_path, disk):
@@ -117,7 +73,7 @@ def test_full_at_each_write(setting, tmp_path, disk):
         if writes % 3 == 0:
             engine.train_sft(dataclasses.replace(config, resume_from_checkpoint="true"))
             assert (out / "model.safetensors").read_bytes() == whole
-            assert timeless(out) == timeless(tmp_path / "whole")
+            assert records(out) == records(tmp_path / "whole")
         writes += 1
     assert failed > 30
 
@@ -154,7 +110,7 @@ def test_a_clock_that_goes_backwards(setting, tmp_path, monkeypatch):
     engine.train_sft(sft(setting, out, max_steps=2, save_total_limit=5))
     config = sft(setting, out, save_total_limit=5)
     engine.train_sft(dataclasses.replace(config, resume_from_checkpoint=str(out / "checkpoint-1")))
-    assert timeless(out) == timeless(tmp_path / "whole")
+    assert records(out) == records(tmp_path / "whole")
     name = "model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     times = [json.loads(x)["time"] for x in (out / "metrics.jsonl").read_text().splitlines()]

@@ -42,6 +42,15 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path, file_limit):
     assert path.read_text() == "first\n3\n"
 
 
+def test_a_line_that_a_kill_cut_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "events.jsonl"
+    append(path, '{"text": "first"}\n')
+    os.truncate(path, 9)
+    append(path, "second\n")
+    append(path, "third\n")
+    assert path.read_text() == '{"text": \nsecond\nthird\n'
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, file_limit):
     path = tmp_path / "config.yaml"
     replace(path, "old")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from killing import POINTS, Victims
+from same_run import assert_same
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 
@@ -17,13 +18,6 @@ from engine.run.files import folder_lock
 
 KILLS = 24
 STAGES = ("sft", "rm", "ppo")
-KEPT_OUT = {
-    "tensorboard",
-    "events.jsonl",
-    "config.yaml",
-    ".lock",
-}  # times, or the folder's own name
-MINE = ("timing/", "perf/")
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +86,6 @@ def argv(stage: str, setting: dict[str, str], out: Path, **more: object) -> list
     file = out.with_name(f"{out.name}.yaml")
     file.write_text(yaml.safe_dump(values))
     return ["--stage", stage, "--config", str(file)]
-
-
-def timeless(line: str) -> dict[str, object]:
-    return {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith(MINE)}
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """Every file of a run by its path: bytes, and metrics without times."""
-    found: dict[str, object] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder)
-        if name.parts[0] in KEPT_OUT or name.parts[0].startswith("previous-"):
-            continue
-        if name.name == "metrics.jsonl":
-            found[str(name)] = [timeless(line) for line in path.read_text().splitlines()]
-        else:
-            found[str(name)] = path.read_bytes()
-    return found
-
-
-def assert_same(folder: Path, whole: Path) -> None:
-    ours, theirs = contents(folder), contents(whole)
-    assert sorted(ours) == sorted(theirs)
-    different = [name for name in ours if ours[name] != theirs[name]]
-    assert not different, f"{folder}: not as in the undisturbed run: {different}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
