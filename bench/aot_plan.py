@@ -1,7 +1,8 @@
 """What is to be compiled: the launches that each case of bench/gpu would make, as triton's runtime would see them.
 
-Every kernel is compiled for every architecture and dtype, on the first shape that its cases have; further shapes, and
-the rows of the tables that no shape takes, in the first dtype of their case. That is what is left out.
+Every kernel is compiled for every architecture, every dtype, and every row of its tables: a row that no shape takes is
+forced on one, and a row that no launcher can take is a failure. Left out: a shape that takes the row of one before it,
+in dtypes other than the first of its case.
 
 A case's launcher runs on "meta" tensors with an architecture's column of the tables; an observer takes each launch and
 says that it is not to run. Arguments are specialised by Triton's own binder (divisible by 16, equal to 1, on AMD within
@@ -12,13 +13,16 @@ import functools
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench import aot_code, gpu
 from bench.gpu import DTYPES, Case
+
+TABLES = Path(__file__).parents[1] / "kernels" / "configs"
 
 
 @dataclass
@@ -104,14 +108,19 @@ def specialised(launch: Any, arch: str, op: str, dtype: str) -> Variant:
     return specialise(launch.kernel, launch.arguments, named, arch, op, dtype)
 
 
-class _Row(dict[str, Any]):
-    """A row of a table that knows whether a launcher took it."""
+Place = tuple[str, str, int]  # table, column, index of a row
 
-    taken = False
+
+class _Row(dict[str, Any]):
+    """A row of a table that says when a launcher takes it."""
+
+    def __init__(self, row: dict[str, Any], place: Place, taken: set[Place], **other: Any) -> None:
+        super().__init__(row, **other)
+        self.place, self._taken = place, taken
 
     def __getitem__(self, name: str) -> Any:
         if name == "num_warps":
-            self.taken = True
+            self._taken.add(self.place)
         return super().__getitem__(name)
 
 
@@ -123,30 +132,43 @@ class Tables:
 
         self.load = _launch.table
         self.read: dict[str, dict[str, list[_Row]]] = {}  # table -> column -> rows
+        self.taken: set[Place] = set()
         self.forced: tuple[str, int] | None = None
+        self.latest: set[Place] = set()  # by the last case
 
     def table(self, op: str) -> dict[str, list[_Row]]:
         if op not in self.read:
-            loaded = self.load(op)
-            self.read[op] = {name: [_Row(row) for row in rows] for name, rows in loaded.items()}
+            self.read[op] = {
+                name: [_Row(row, (op, name, at), self.latest) for at, row in enumerate(rows)]
+                for name, rows in self.load(op).items()
+            }
         columns = self.read[op]
         if self.forced and self.forced[0] == op:
             at = self.forced[1]
             return {
-                name: [_Row(rows[at], up_to=None)]
+                name: [_Row(rows[at], rows[at].place, self.latest, up_to=None)]
                 for name, rows in columns.items()
                 if at < len(rows)
             }
         return columns
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Launchers read these tables; `latest` are the rows that they take inside."""
+        from engine.kernels.triton import _launch
+
+        read, _launch.table = _launch.table, self.table
+        self.latest.clear()
+        try:
+            yield
+        finally:
+            _launch.table = read
+            self.taken |= self.latest
+
     def untaken(self, arch: str) -> list[tuple[str, int]]:
         """(table, index) of the rows of an architecture that nothing took."""
-        return [
-            (op, at)
-            for op, columns in sorted(self.read.items())
-            for at, row in enumerate(columns.get(arch, []))
-            if not row.taken
-        ]
+        places = [row.place for columns in self.read.values() for row in columns.get(arch, [])]
+        return sorted((op, at) for op, name, at in places if (op, name, at) not in self.taken)
 
 
 def launches(
@@ -165,15 +187,13 @@ def launches(
         seen.append(launch)
         return False
 
-    tokens, read = (_launch.observer.set(see), _launch.column.set(arch)), _launch.table
-    if tables:
-        _launch.table = tables.table
+    tokens = _launch.observer.set(see), _launch.column.set(arch)
     try:
-        case.run(*case.make("meta", DTYPES[dtype], **(shape or case.full)))
+        with tables.watched() if tables else nullcontext():
+            case.run(*case.make("meta", DTYPES[dtype], **(shape or case.full)))
     finally:
         _launch.observer.reset(tokens[0])
         _launch.column.reset(tokens[1])
-        _launch.table = read
     return seen
 
 
@@ -189,9 +209,13 @@ class Plan:
     def __init__(self) -> None:
         self.found: dict[str, Variant] = {}
         self.errors: list[str] = []
+        self.rows: dict[
+            str, set[Place]
+        ] = {}  # dtype -> rows that a variant of it was launched with
 
     def add(self, case: Case, arch: str, dtype: str, tables: Tables, label: str = "") -> None:
-        """A case's variants. In a dtype that is not its first, a kernel that has one already needs no other shape."""
+        """A case's variants. In a dtype that is not its first, one that takes no other rows than those before it adds
+        none of a kernel that has one."""
         name = case.name + label
         try:
             started = launches(case, arch, dtype, tables)
@@ -199,9 +223,12 @@ class Plan:
         except Exception as error:  # a broken launcher must not hide the other kernels
             self.errors.append(f"{case.op}, {name}, {dtype}, {arch}: {error!r}")
             return
+        rows = self.rows.setdefault(dtype, set())
+        another = not tables.latest <= rows
+        rows |= tables.latest
         planned = {(v.op, v.kernel, v.arch, v.dtype) for v in self.found.values()}
         for variant in variants:
-            again = (case.op, variant.kernel, arch, dtype) in planned
+            again = not another and (case.op, variant.kernel, arch, dtype) in planned
             if dtype != case.dtypes[0] and again and f"{case.op} {variant.key}" not in self.found:
                 continue
             kept = self.found.setdefault(f"{case.op} {variant.key}", variant)
@@ -226,16 +253,20 @@ def _cases(errors: list[str]) -> dict[str, list[Case]]:
 def plan(
     only: Sequence[str] = (), archs: Sequence[str] = (), dtypes: Sequence[str] = ()
 ) -> tuple[list[Variant], list[str]]:
-    """All cases on their full shapes; then, in one dtype, the rows of the tables that those sizes did not take."""
-    made = Plan()
+    """All cases on their full shapes; then the rows of the tables that those sizes did not take."""
+    made, read = Plan(), set[str]()
     for op, of_op in _cases(made.errors).items():
         for arch in archs or aot_code.MACHINES:
             if not only or op in only:
-                _add_op(made, of_op, arch, dtypes)
+                read |= _add_op(made, of_op, arch, dtypes)
+    if not only:
+        files = {path.stem for path in TABLES.glob("*.json")}
+        made.errors += [f"kernels/configs/{name}.json: not read" for name in sorted(files - read)]
     return list(made.found.values()), made.errors
 
 
-def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> None:
+def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> set[str]:
+    """The variants of an op; the names of the tables that it reads."""
     tables = Tables()
     for case in of_op:
         for dtype in _dtypes(case):
@@ -243,8 +274,24 @@ def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> 
                 made.add(case, arch, dtype, tables)
     for table, at in tables.untaken(arch):
         tables.forced = (table, at)
-        for case in of_op:  # up to the first that the row makes another kernel for
-            before = len(made.found)
-            made.add(case, arch, case.dtypes[0], tables, f", row {at} of {table}")
-            if len(made.found) > before:
-                break
+        for dtype in dict.fromkeys(dtype for case in of_op for dtype in _dtypes(case)):
+            if not dtypes or dtype in dtypes:
+                _force_row(made, of_op, arch, dtype, tables, f", row {at} of {table}")
+    if not dtypes:
+        made.errors += [
+            f"kernels/configs/{table}.json, {arch}: no case can take row {at}"
+            for table, at in tables.untaken(arch)
+        ]
+    return set(tables.read)
+
+
+def _force_row(
+    made: Plan, of_op: list[Case], arch: str, dtype: str, tables: Tables, label: str
+) -> None:
+    """On the op's cases, up to the first that the row makes another kernel for."""
+    for case in of_op:
+        before = len(made.found)
+        if dtype in _dtypes(case):
+            made.add(case, arch, dtype, tables, label)
+        if len(made.found) > before:
+            return

@@ -196,9 +196,9 @@ def of_libraries(case: Case, dtype: torch.dtype) -> list[Row]:
 
     rows = []
     for name, work in libraries.LIBRARIES.get(case.op, {}).items():
-        if importlib.util.find_spec(name.replace("-", "_")) is None or "residual" in case.name:
+        module, back = name.partition(",")[0].replace("-", "_"), "backward" in case.name
+        if importlib.util.find_spec(module) is None or "residual" in case.name:
             continue
-        back = "backward" in case.name
         row = attempted(lambda w=work, b=back: timed(w("cuda", dtype, b, **case.full)))
         rows.append({"by": name, "lacks": libraries.LACKS.get(f"{name} {case.op}", ""), **row})
     if (

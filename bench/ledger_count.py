@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-PROGRAMS, UNEQUAL = 4, 16  # interpreted a launch; where they do unequal work
+PROGRAMS, UNEQUAL = 4, 64  # interpreted a launch; where they do unequal work
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread over 0..1 and in step with no period of a grid
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 # What allocates, looks or renames: no bytes move.
@@ -93,7 +93,8 @@ class _Operations(TorchDispatchMode):
         if name in FILLS:
             read = []
         elif "out" in kwargs:
-            read = [x for x in read if x is not kwargs["out"]]
+            others = {name: x for name, x in kwargs.items() if name != "out"}
+            read = [x for x in tree_leaves((args, others)) if isinstance(x, Tensor)]
         elif name == "copy_":
             read = [x for x in read if x is not args[0]]
         elif name in PICKS:  # what is picked out is read, not the whole
@@ -121,7 +122,11 @@ def _read_again(name: str, args: tuple[Any, ...]) -> float:
 def _not_computed(func: Any, args: Any, kwargs: Any) -> Any:
     """Memory of the right shape, with what it happens to hold."""
     if "out" in kwargs:
-        return kwargs["out"]
+        out: Tensor = kwargs["out"]
+        wanted = next((x for x in args if isinstance(x, torch.dtype)), args[0].dtype)
+        if out.dtype != wanted:
+            raise RuntimeError(f"a product into {out.dtype}: torch wants {wanted}")
+        return out
     shapes = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     out = func(*shapes[0], **shapes[1])
     device = next(x.device for x in tree_leaves(args) if isinstance(x, Tensor))

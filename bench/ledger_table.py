@@ -13,6 +13,9 @@ shared memory and occupancy are what ptxas made for sm_90, the worst of a call's
 inductor's scheduler groups the eager work. Shapes are full ones: SmolLM2-135M's, and where named Llama-8B's.
 """
 
+# Ops of which the engine is to move the fewest bytes of all that do the whole work.
+BAR = ("linear_logprob", "ppo_policy_loss", "ppo_value_loss", "kl_reward_gae")
+
 
 def number(value: float) -> str:
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -67,8 +70,41 @@ def page(record: dict[str, Any]) -> str:
             f"## {op}, {case}: predicted, not measured\n\n{shape}; {rows[0]['dtype']}; compulsory {number(least)}B\n\n"
             + _table(COLUMNS, [_cells(row) for row in rows])
         )
-    parts.append(_plan(record["plan"]))
-    return "\n".join(parts)
+    return "\n".join([*parts, _whole_calls(record["rows"]), _plan(record["plan"])])
+
+
+def totals(rows: list[Row], op: str) -> dict[str, dict[str, float]]:
+    """shape -> by -> bytes of memory over all phases, of those that do all phases that the engine does."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["op"] == op and "memory" in row:
+            shape = row["case"].partition(", ")[2]
+            found.setdefault(shape, {}).setdefault(row["by"], {})[row["case"]] = row["memory"]
+    return {
+        shape: {
+            by: sum(phases.values())
+            for by, phases in moved.items()
+            if phases.keys() == moved["engine"].keys()
+        }
+        for shape, moved in found.items()
+    }
+
+
+def _whole_calls(rows: list[Row]) -> str:
+    """Who moves how much in all phases together, and what their work lacks."""
+    lacks = {(row["op"], row["by"]): row.get("lacks", "") for row in rows}
+    body = []
+    for op in BAR:
+        for shape, moved in totals(rows, op).items():
+            for by, total in sorted(moved.items(), key=lambda pair: pair[1]):
+                ratio = f"{total / moved['engine']:.2f}"
+                body.append([op, shape or "–", by, number(total), ratio, lacks[op, by] or "–"])
+    text = (
+        "## Forward and backward together: predicted, not measured\n\n"
+        "Memory over all phases of a call. What moves fewer bytes than the engine lacks what its last column says;"
+        " gradients in bfloat16 save 2 (N + V) H bytes of what the engine writes.\n\n"
+    )
+    return text + _table(["op", "shape", "by", "memory, B", "to engine", "lacks"], body)
 
 
 def _plan(rows: list[Row]) -> str:

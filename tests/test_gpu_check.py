@@ -79,6 +79,11 @@ def test_a_case_that_the_ledger_lacks_is_named(whole_ledger, tmp_path, capsys):
     assert gpu_check.ledger(tmp_path / "none.json") == {}
 
 
+@TRITON
+def test_the_ledger_knows_every_case():
+    assert gpu_check.missing(list(cases()), gpu_check.ledger(gpu_check.LEDGER)) == []
+
+
 def test_a_measured_time_stands_beside_its_prediction():
     prediction = {"dtype": "bfloat16", "predicted_ms": 2.0}
     row = gpu_check.beside({"ms": 3.0}, prediction, "bfloat16")

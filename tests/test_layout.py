@@ -1,6 +1,7 @@
 """The house: file sizes, import direction, where things are, and what the wheel may hold."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,12 @@ def test_functions_are_short():
                 if lines > 60:
                     long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} ({lines})")
     assert not long, "over 60 lines: " + ", ".join(long)
+
+
+def test_no_kernel_tunes_itself():
+    """Blocks come from kernels/configs; engine/tune.py rewrites them when somebody asks."""
+    tuned = [p for p in tracked("kernels/*.py") if re.search(r"autotune|heuristics", p.read_text())]
+    assert not tuned
 
 
 def room(module: str) -> str:

@@ -184,6 +184,8 @@ LACKS = {
     "liger-kernel linear_logprob": "no entropy, gradients in bfloat16",
     "cut-cross-entropy linear_logprob": "no entropy, no temperature, gradients in bfloat16; other sums at each run",
     "verl linear_logprob": "gradients in bfloat16",
+    "eager torch linear_logprob": "gradients in bfloat16",
+    "torch.compile linear_logprob": "gradients in bfloat16",
     "liger-kernel rmsnorm": "stream in the storage dtype",
     "liger-kernel layernorm": "stream in the storage dtype",
 }

@@ -272,6 +272,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in float32 and by the product itself, so that the sum passes memory once."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), out=total)
+
+
 def linear_logprob_backward(
     grad_logprob: Tensor,  # (N,)
     grad_entropy: Tensor,  # (N,)
@@ -321,7 +329,7 @@ def linear_logprob_backward(
                 config=tuned, V=V, H=H, WIDTH=width,
             )  # fmt: skip
         if need_hidden:
-            dh += _product(dz[:, :used], dense[columns])
+            _add_product(dh, dz[:, :used], dense[columns])
         if need_weight:
             _product(dz[:, :used].T, h, out=dw[columns])
         if sums is not None:

@@ -133,7 +133,7 @@ class Guards(TorchDispatchMode):
 
 
 @contextmanager
-def _accesses(guards: Guards) -> Iterator[None]:
+def accesses(guards: Guards) -> Iterator[None]:
     """Every load and store of the interpreter is checked before it happens."""
     if not _interpreter.active():
         yield
@@ -158,7 +158,7 @@ def _accesses(guards: Guards) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_assertions() -> Iterator[None]:
+def plain_assertions() -> Iterator[None]:
     """An AssertionError inside a function that a kernel calls comes out as it is: the interpreter wraps such errors."""
     try:
         yield
@@ -177,7 +177,7 @@ def guarded() -> Iterator[Guards]:
     guards = Guards()
     token = _launch.observer.set(guards.see)
     try:
-        with _plain_assertions(), _accesses(guards), guards:
+        with plain_assertions(), accesses(guards), guards:
             yield guards
     finally:
         _launch.observer.reset(token)

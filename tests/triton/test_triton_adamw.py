@@ -151,6 +151,19 @@ def test_golden(golden):
             assert (1 - state[0]).tolist() == pytest.approx([1 - want] * 19, rel=1e-3, abs=2e-7)
 
 
+def test_golden_average(golden):
+    """Steps that move nothing but the average, towards the weights of the case."""
+    (case,) = golden["ema"]
+    given = case["inputs"]
+    ema = torch.full((19,), given["init"], device=DEVICE)
+    for weight, want in zip(given["weights"], case["outputs"]["ema"], strict=True):
+        master, zeros = torch.full((19,), weight, device=DEVICE), torch.zeros(3, 19, device=DEVICE)
+        numbers = (0.0, 0.9, 0.95, 1e-8, 0.0, 1.0, 1.0)
+        with backend("triton"):
+            adamw_step(master, *zeros, None, ema, *numbers, ema_decay=given["decay"])
+        torch.testing.assert_close(ema, torch.full_like(ema, want), rtol=1e-6, atol=0)
+
+
 def test_a_copy_rounds_to_nearest_even():
     master = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.4e38, 1e-40, 0.1], device=DEVICE)
     zeros, copy = (

@@ -226,6 +226,36 @@ def test_every_op_has_cases():
     assert aot_gates.uncompiled([])  # and a missing one would be seen
 
 
+TABLES = sorted(aot_plan.TABLES.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_row_of_a_table_is_recorded_for_every_dtype(path):
+    """A table beside which lies one for float32 is for the other dtypes."""
+    narrow, wide = {"bfloat16", "float16"}, {"float32"}
+    beside = path.with_name(f"{path.stem}_float32.json").exists()
+    dtypes = wide if path.stem.endswith("_float32") else narrow if beside else narrow | wide
+    ops = {case.op for case in gpu.cases()}
+    op = max((op for op in ops if path.stem.startswith(op)), key=len)
+    compiled = [v for v in aot.recorded()["variants"] if v["op"] == op]
+    for arch, rows in json.loads(path.read_text()).items():
+        for row in rows:
+            warps, stages = row["num_warps"], row["num_stages"]
+            # SLAB is the launcher's, who makes a WIDTH of it
+            others = ("up_to", "num_warps", "num_stages", "SLAB")
+            blocks = {f"{name}={value}" for name, value in row.items() if name not in others}
+            taken = [
+                v
+                for v in compiled
+                if (v["arch"], v["warps"], v["stages"]) == (arch, warps, stages)
+                and blocks <= set(v["types"].split())
+            ]
+            found = {v["dtype"] for v in taken}
+            # a kernel of float32 statistics is the same in every dtype, and recorded once
+            same = not any(kind in v["types"] for v in taken for kind in ("*bf16", "*fp16"))
+            assert dtypes <= found or same & bool(found), f"{arch} {row}: {dtypes - found} missing"
+
+
 def test_a_changed_variant_is_a_difference(records, tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "RECORD", tmp_path / "gpu_code.json")
     some = [records["copy"], records["product"]]

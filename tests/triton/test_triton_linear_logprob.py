@@ -8,6 +8,7 @@ from head_cases import blocks, exact, head
 from launching import DEVICE, DTYPES, check_on_triton, gradients_on_triton, on_triton
 from mutations import mutations
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.kernels._backend import backend
 from engine.kernels.linear import PackedWeight, pack_weight
@@ -249,6 +250,29 @@ def test_no_value_is_read_on_the_host():
     assert seen == ["_statistics", "_merge", "_slab_gradient"]
 
 
+class OnGPU(Tensor):  # a CPU's that says it lies on a GPU
+    is_cuda = True
+
+
+class Overloads(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return kwargs["out"]
+
+
+def test_the_library_s_products_on_a_gpu():
+    a, b = (torch.empty(s, dtype=torch.bfloat16).as_subclass(OnGPU) for s in ((9, 100), (100, 40)))
+    total = torch.empty(9, 40)
+    with Overloads() as overloads:
+        kernels._add_product(total, a, b)
+        kernels._product(a, b, out=total)
+    assert overloads.seen == ["aten::addmm.dtype_out", "aten::mm.dtype_out"]
+
+
 def test_a_vocabulary_without_tokens_is_named():
     hidden, weight, _ = head(1, 2, 4)
     rest = (weight[:0], weight[0, :0], torch.zeros(1, dtype=torch.int64), 1.0, None, None)
@@ -354,7 +378,10 @@ DEFECTS = {
         "slope = tl.where(inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)",
         "slope = slope * tl.cast(inverse_temperature, tl.float32)",
     ),
-    "slabs overwrite each other": ("dh += _product(", "dh = _product("),
+    "slabs overwrite each other": (
+        "torch.addmm(total, a.float(), b.float(), out=total)",
+        "torch.mm(a.float(), b.float(), out=total)",
+    ),
     "the first slab again": ("dense[columns])", "dense[:used])"),
     "blocks of rows overwrite each other": (
         "at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column",
