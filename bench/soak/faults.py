@@ -214,6 +214,12 @@ def read_only(stage: Stage) -> Plan:
     return Plan(around=around, heeds_rights=True)
 
 
+def beside(stage: Stage) -> Plan | None:
+    """Where the first run surely goes on for as long as the second one needs to start, and some."""
+    needed = 2 * stage.pace + 3 * stage.start_s / stage.iteration_s
+    return Plan() if stage.setting.iterations - newest(stage.out)[1] > needed else None
+
+
 def second_run(stage: Stage, start: Start) -> None:
     """It is refused, and the first one goes on; at last that is killed."""
     if not after_some(stage, start):
@@ -259,6 +265,6 @@ FAULTS: Sequence[Fault] = (
     Fault("reward hangs", plan=reward("hangs"), says="'judge': no answer within 0.5 s", saves=True, **INSIDE),
     Fault("reward gives NaN", plan=reward("nan"), says="'judge': value .* is 'nan'", saves=True, **INSIDE),
     Fault("read-only folder", plan=read_only, says="cannot be written .*Permission denied", **INSIDE),
-    Fault("second run", (KILLED,), plain, second_run),
+    Fault("second run", (KILLED,), beside, second_run),
 )
 AT_THE_END = Fault("SIGKILL at the final model", (KILLED,), at_the_model, to_the_end)

@@ -74,7 +74,7 @@ class Play:
             lost = LOST * self.setting.save_steps
             aim = aimed_pace(left, self.seconds - spent, self.start_s, self.iteration_s, lost)
             self.pace = round(min(max(aim, self._usual_pace / 2), 3 * self._usual_pace))
-        if left <= self.pace and not self._model_was_hit:
+        if left <= 2 * self.pace and not self._model_was_hit:
             return AT_THE_END, AT_THE_END.plan(self) or Plan()
         while True:
             if not self._deck:

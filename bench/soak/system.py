@@ -74,8 +74,15 @@ def in_use(names: frozenset[str]) -> frozenset[str]:
             continue
         try:
             maps = (folder / "maps").read_text(errors="replace")
-            links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+            links = {target(link) for link in (folder / "fd").iterdir()}
         except OSError:  # it has ended, or is another user's
             continue
         found |= {name for name in names if name in maps or name in links}
     return frozenset(found)
+
+
+def target(link: Path) -> str | None:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # closed meanwhile
+        return None

@@ -22,8 +22,8 @@ from bench.soak.system import Sample, in_use, marked, shared_memory
 from engine.run import checkpoint
 
 WARM_UP = 0.2  # of the iterations
-NOISE_MB = 8.0
-MB_PER_1000 = 1.0
+NOISE_MB = 4.0
+MB_PER_1000 = 0.5
 LOOKS, LOOK_S = 240, 0.25  # for what is just ending
 SHOWN = 5
 
