@@ -95,7 +95,7 @@ def missing_and_strange_shards(config: dict[str, Any], ranks: Ranks) -> None:
     ranks.wait()
     if ranks.is_first:
         manifest = json.loads((path / "manifest.json").read_text())
-        (name,) = [name for name in manifest["files"] if name.startswith("shard-00002")]
+        (name,) = [name for name in manifest["files"] if name.startswith("shard-00001")]
         del manifest["files"][name]
         (path / "manifest.json").write_text(json.dumps(manifest))
     ranks.wait()
@@ -103,10 +103,9 @@ def missing_and_strange_shards(config: dict[str, Any], ranks: Ranks) -> None:
         load(path, like, ranks)
     ranks.wait()
     if ranks.is_first:
-        (found,) = path.glob("shard-00002*")
-        found.unlink()
+        (path / name).unlink()  # of the first rows: the shapes are still what is wanted
     ranks.wait()
-    with pytest.raises(CheckpointError, match=r"want \(|a shard is missing"):
+    with pytest.raises(CheckpointError, match="a shard is missing"):
         load(path, like, ranks)
     ranks.wait()
     if ranks.is_first:
