@@ -1,5 +1,7 @@
 """What ranks check together, started by tests/several_processes.py: sharded weights against those of one process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from engine.data.pack import pack_sequences, predictions
 from engine.errors import ConfigError, DataError, EngineError, ModelError
 from engine.model import heads, transformer
 from engine.model.checkpointing import MODES, Checkpointing
+from engine.model.sharded import _Part
 from engine.model.weights import load_policy, scalar_from_policy
 from engine.run.distributed import ALONE, Ranks, join, local
 from engine.run.ema import EMA
@@ -92,6 +95,22 @@ def refusals(model: Any, sequence: list[int]) -> None:
         transformer.clone(model, trainable=True)
 
 
+@contextmanager
+def counting(owner: Any, name: str) -> Iterator[list[str]]:
+    """Inside, calls of owner.name are counted."""
+    was, calls = getattr(owner, name), []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return was(*arguments, **options)
+
+    setattr(owner, name, counted)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, was)
+
+
 def modes(folder: str) -> None:
     """Whatever is kept for the backward, and though a layer is gathered again for it: the gradient of one process, and
     the same bits."""
@@ -104,7 +123,9 @@ def modes(folder: str) -> None:
     for mode in MODES:
         for p in sharded.parameters().values():
             p.grad = None
-        backward(sharded, rows[ranks.rank], 1.0, mode)
+        with counting(_Part, "forward") as entered:
+            backward(sharded, rows[ranks.rank], 1.0, mode)
+        assert len(entered) == sharded.architecture.num_layers + 1  # what is computed again is so inside its part
         backward(sharded, rows[0], 0.0, mode)
         for name, p in sharded.parameters().items():
             assert distance(p.grad, one.parameters()[name].grad) < 1e-5, (mode, name)
