@@ -121,7 +121,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - began
     print(f"undisturbed: {iterations} iterations in {seconds:.0f} s", flush=True)
     faults = [fault for fault in FAULTS if fault.name in args.faults]
-    pace = min(paced(found), max(1, iterations // (2 * len(faults))))
+    pace = min(paced(found), max(1, iterations // (4 * len(faults))))
     budget = None if args.iterations else 60 * args.minutes
     play = Play(setting, out, faults, pace, budget, found.start_s, found.iteration_s, lambda t: print(t, flush=True))
     play.run()
