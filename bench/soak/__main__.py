@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import machine, records
 from bench.soak import SoakError, verdict
-from bench.soak.faults import FAULTS
+from bench.soak.faults import AT_THE_END, FAULTS
 from bench.soak.play import LOST, Play
 from bench.soak.setting import Setting, make_inputs
 from bench.soak.start import Start
@@ -43,7 +43,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [fault.name for fault in FAULTS]
+    names = [fault.name for fault in (*FAULTS, AT_THE_END)]
     parser.add_argument("--minutes", type=float, default=60.0, help="of the disturbed side; the other takes about half")
     parser.add_argument("--iterations", type=int, help="so many instead, however long they take")
     parser.add_argument("--seed", type=int, default=0, help="of the runs and of what befalls them")
@@ -121,9 +121,10 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - began
     print(f"undisturbed: {iterations} iterations in {seconds:.0f} s", flush=True)
     faults = [fault for fault in FAULTS if fault.name in args.faults]
-    pace = min(paced(found), max(1, iterations // (2 * len(faults))))
+    pace = min(paced(found), max(1, iterations // (4 * max(1, len(faults)))))
     budget = None if args.iterations else 60 * args.minutes
     play = Play(setting, out, faults, pace, budget, found.start_s, found.iteration_s, lambda t: print(t, flush=True))
+    play.at_the_end = AT_THE_END.name in args.faults
     play.run()
     verdict.same_bytes(out, whole)
     verdict.no_shared_memory(shared)

@@ -41,6 +41,7 @@ class Play:
     count: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
+    at_the_end: bool = True  # the final model is hit, and the finished run started once more
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.setting.seed)
@@ -56,6 +57,10 @@ class Play:
         """Until the run is done; then once more, which changes nothing."""
         while not self.one(*self.drawn()):
             pass
+        if self.at_the_end:
+            self.once_more()
+
+    def once_more(self) -> None:
         self.say("started once more, though it is done")
         self.count += 1
         with Start(self.setting, self.out, self.name("done")) as start:
@@ -74,7 +79,7 @@ class Play:
             lost = LOST * self.setting.save_steps
             aim = aimed_pace(left, self.seconds - spent, self.start_s, self.iteration_s, lost)
             self.pace = round(min(max(aim, self._usual_pace / 2), 3 * self._usual_pace))
-        if left <= 2 * self.pace and not self._model_was_hit:
+        if left <= 2 * self.pace and self.at_the_end and not self._model_was_hit:
             return AT_THE_END, AT_THE_END.plan(self) or Plan()
         while True:
             if not self._deck:
