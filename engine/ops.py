@@ -64,7 +64,7 @@ def op_modules() -> list[str]:
 
 def cpp_state(op: str) -> tuple[bool, str]:
     """Does this op have a C++ kernel here, and if not, why not?"""
-    schemas = [name for name, room in _backend.ROOMS.items() if room == op]  # adamw's are adamw_step, square_sums, ...
+    schemas = [name for name, room in _backend.ROOMS.items() if room == op]  # adamw's are adamw_steps, square_sums, ...
     if not schemas and op not in _backend.CLASSES:
         return False, "written in torch operations"
     if _backend.extension() is None:

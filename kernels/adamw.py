@@ -165,21 +165,21 @@ def adamw_steps(
     torch.autograd.graph.increment_version(written)
     corrections = (bias_correction1, bias_correction2_sqrt)
     backend = choose("adamw", *(tensor for weight in weights for tensor in weight.tensors))
-    if backend == "cpp":
+    if backend == "reference":
+        for weight in weights:
+            numbers = (lr, beta1, beta2, eps, weight.weight_decay, *corrections)
+            adamw_step_reference(*weight.tensors, *numbers, clip_scale, ema_decay)
+    else:
         columns = zip(*(weight.tensors for weight in weights), strict=True)
         masters, grads, exp_avgs, exp_avg_sqs, copies, averages = (list(column) for column in columns)
-        data = [None if weight.packed is None else packed_data(weight.packed) for weight in weights]
+        packed = [weight.packed if backend == "cpp" else None for weight in weights]
+        data = [None if one is None else packed_data(one) for one in packed]
         grads, decays = [grad.contiguous() for grad in grads], [weight.weight_decay for weight in weights]
         given = (masters, grads, exp_avgs, exp_avg_sqs, copies, data, averages, lr, beta1, beta2, eps, decays)
         kernel("adamw_steps")(*given, *corrections, scale, clip, ema_decay)
-    for weight in weights if backend != "cpp" else ():
-        numbers = (lr, beta1, beta2, eps, weight.weight_decay, *corrections)
-        if backend == "reference":
-            adamw_step_reference(*weight.tensors, *numbers, clip_scale, ema_decay)
-        else:
-            master, grad, *others = weight.tensors
-            kernel("adamw_step")(master, grad.contiguous(), *others, *numbers, scale, clip, ema_decay)
-        if weight.packed is not None and float(clip_scale) != 0.0:  # on the CPU: nothing is packed elsewhere
+    stale = [weight for weight in weights if weight.packed is not None and backend != "cpp"]  # never on a GPU
+    if stale and float(clip_scale) != 0.0:
+        for weight in stale:
             refresh_weight(weight.packed, weight.master)
 
 
@@ -217,13 +217,6 @@ def clip_scale_of(norm: Tensor, max_norm: float | None) -> Tensor:  # () -> (), 
     return torch.where(torch.isfinite(norm), scale, 0.0).float()
 
 
-define(
-    "adamw_step(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
-    " Tensor(d!)? copy, Tensor(e!)? ema, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, float bias_correction1, float bias_correction2_sqrt, float clip_scale,"
-    " Tensor? clip, float ema_decay) -> ()",
-    lambda *arguments: None,
-)
 define(
     "adamw_steps(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
     " Tensor?[] copies, Tensor?[] data, Tensor?[] emas, float lr, float beta1, float beta2, float eps,"

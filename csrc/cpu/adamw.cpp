@@ -203,20 +203,7 @@ void step_panels(const AdamWElements& all, const AdamW& step, const Right& right
   });
 }
 
-void adamw_step(const at::Tensor& master, const at::Tensor& grad, const at::Tensor& exp_avg,
-                const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& copy,
-                const std::optional<at::Tensor>& ema, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double bias_correction1, double bias_correction2_sqrt, double clip_scale,
-                const std::optional<at::Tensor>& clip, double ema_decay) {
-  const Hyperparameters numbers{lr, beta1, beta2, eps, bias_correction1, bias_correction2_sqrt,
-                                clip ? clip->item<double>() : clip_scale, ema_decay};
-  const at::Tensor wide = grad.to(at::kFloat);
-  const AdamWElements all = elements_of(master, wide, exp_avg, exp_avg_sq, copy, ema);
-  const AdamW step = numbers.rounded(weight_decay);
-  if (step.clip_scale != 0.0f) step_all(all, step, master.numel());
-}
-
-// Of each weight what adamw_step takes, and the bytes of its packed copy or nothing.
+// Lists of one length; `data` are the bytes of packed copies, or nothing.
 void adamw_steps(at::TensorList masters, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                  const OptionalTensors& copies, const OptionalTensors& data, const OptionalTensors& emas, double lr,
                  double beta1, double beta2, double eps, at::ArrayRef<double> weight_decays, double bias_correction1,
@@ -273,7 +260,6 @@ at::Tensor ordered_sum(const at::Tensor& x) {
 }  // namespace engine
 
 TORCH_LIBRARY_IMPL(engine, CPU, m) {
-  m.impl("adamw_step", &engine::adamw_step);
   m.impl("adamw_steps", &engine::adamw_steps);
   m.impl("square_sums", &engine::square_sums);
   m.impl("ordered_sum", &engine::ordered_sum);

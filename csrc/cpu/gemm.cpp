@@ -271,13 +271,14 @@ void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, 
   const int64_t threads = std::clamp<int64_t>(worth, 1, at::get_num_threads());
   if (threads == 1) return run(left, right, depth, {0, rows, 0, cols}, out);
   const int64_t row_parts = (rows + kRowsPerTask - 1) / kRowsPerTask;
-  const int64_t shares = threads * (row_parts < 4 ? 4 : 1);
-  const int64_t col_parts = panels >= 8 * shares ? shares : row_parts < threads ? std::min(threads, panels) : 1;
-  Team::share_out(row_parts * col_parts, threads, [&](int64_t, int64_t i) {
+  const int64_t shares = row_parts < 4 ? 4 * threads : threads;  // few rows: enough tasks to take from
+  const int64_t fewest = row_parts < threads ? std::min(threads, panels) : 1;
+  const int64_t col_parts = panels >= 8 * shares ? shares : fewest;
+  Team::each(row_parts * col_parts, threads, [&](int64_t, int64_t i) {
     const int64_t c = i / row_parts, r = i % row_parts;
     const Part part{r * kRowsPerTask, std::min((r + 1) * kRowsPerTask, rows), panels * c / col_parts * width,
                     std::min(panels * (c + 1) / col_parts * width, cols)};
-    if (part.col0 < part.col1) run(left, right, depth, part, out);
+    run(left, right, depth, part, out);
   });
 }
 
@@ -298,7 +299,7 @@ void multiply_transposed(const at::Tensor& a, const Right& right, int64_t cols, 
     blocks.push_back(staged(together, depth, arithmetic));
     if (!tiles) blocks.back().view.row = 1, blocks.back().view.depth = height;
   }
-  Team::share_out(tasks, threads, [&](int64_t thread, int64_t i) {
+  Team::each(tasks, threads, [&](int64_t thread, int64_t i) {
     const LeftOperand& left = blocks[static_cast<size_t>(thread)];
     const int64_t first = i * together, n = std::min(together, rows - first), block_bytes = block_bytes_of(left, arithmetic);
     const Matrix some{static_cast<const char*>(source.data) + first * (source.bf16 ? 2 : 4), source.bf16, source.stride};

@@ -40,7 +40,7 @@ at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int
   at::Tensor statistics = at::empty({row1 - row0, blocks, 3}, at::TensorOptions().dtype(at::kFloat));
   auto* out = reinterpret_cast<BlockStatistics*>(statistics.data_ptr<float>());
   const auto run = pick_logprob_statistics();
-  Team::share_out(blocks, at::get_num_threads(), [&](int64_t, int64_t block) {
+  Team::each(blocks, at::get_num_threads(), [&](int64_t, int64_t block) {
     run(head, row0, row1, block, block + 1, targets, out, target_z);
   });
   return statistics;
@@ -51,7 +51,7 @@ namespace {
 constexpr int64_t kRowsPerPiece = 2048;  // statistics, or a slab's gradients, of so many rows are held at once
 constexpr int64_t kSlab = 768;           // columns of the vocabulary whose gradients are held at once; of fewer rows, more
 constexpr int64_t kLongestSlab = 4096;
-constexpr int64_t kSharedColumns = 128;  // of a slab that a thread takes at once
+constexpr int64_t kSharedColumns = 128;  // of a slab that a thread takes at once; a multiple of every class's panels
 
 void check_targets(const at::Tensor& targets, int64_t rows, int64_t vocabulary) {
   check_cpu_contiguous(targets, "targets");
@@ -102,8 +102,8 @@ struct Backward {
     float* bias_sums = db.defined() ? sums.data_ptr<float>() - col0 : nullptr;
     Head piece = head;
     const auto run = pick_logprob_gradient();
-    const int64_t panel = pick_panel_columns()(), step = kSharedColumns / panel * panel;
-    Team::share_out((dz.size(1) + step - 1) / step, at::get_num_threads(), [&](int64_t, int64_t i) {
+    constexpr int64_t step = kSharedColumns;
+    Team::each((dz.size(1) + step - 1) / step, at::get_num_threads(), [&](int64_t, int64_t i) {
       run(piece, {row0, row0 + n, col0 + i * step, std::min(col0 + (i + 1) * step, col1)}, rows,
           {static_cast<char*>(out.data) - row0 * out.stride * (out.bf16 ? 2 : 4), out.bf16, out.stride, false, nullptr},
           col0, bias_sums);
@@ -119,7 +119,7 @@ struct Backward {
   void run(const RowGradients& rows, int64_t row0, int64_t row1) {
     const int64_t n = row1 - row0, depth = head.depth;
     const auto dz_options = hidden.options().dtype(activation == Arithmetic::tiles ? at::kBFloat16 : at::kFloat);
-    const int64_t slab = std::min(kRowsPerPiece * kSlab / n / 256 * 256, kLongestSlab);
+    const int64_t slab = std::min(kRowsPerPiece * kSlab / n / kVocabularyBlock * kVocabularyBlock, kLongestSlab);
     const at::Tensor memory = at::empty({n, slab + 32}, dz_options);  // not a multiple of 4 KiB from row to row
     const bool first = row0 == 0;
     RightOperand h;

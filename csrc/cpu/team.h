@@ -52,7 +52,7 @@ class Team {
 
   // task(thread, i) for i = 0 ... count - 1, on at most `threads` of them. A task must not throw.
   template <typename Task>
-  static void share_out(int64_t count, int64_t threads, Task task) {
+  static void each(int64_t count, int64_t threads, Task task) {
     if (std::min(count, threads) <= 1) {
       for (int64_t i = 0; i < count; ++i) task(int64_t{0}, i);
       return;

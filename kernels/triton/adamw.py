@@ -1,5 +1,8 @@
 """adamw on a GPU: one pass over the flat elements; and sums of squares, a partial sum a program, added in order."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -129,6 +132,27 @@ def adamw_step(
         HAS_COPY=copy is not None,
         HAS_EMA=ema is not None,
     )
+
+
+def adamw_steps(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor | None],
+    data: Sequence[Tensor | None],  # of None: nothing is packed on a GPU
+    emas: Sequence[Tensor | None],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decays: Sequence[float],
+    *others: Any,  # from bias_correction1 on, as of adamw_step
+) -> None:
+    """A launch for each weight."""
+    columns = (masters, grads, exp_avgs, exp_avg_sqs, copies, emas, weight_decays)
+    for *tensors, weight_decay in zip(*columns, strict=True):
+        adamw_step(*tensors, lr, beta1, beta2, eps, weight_decay, *others)
 
 
 def square_sums(x: Tensor, tuned: Config | None = None) -> Tensor:  # (cdiv(numel, SQUARES),)

@@ -113,7 +113,6 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "ranking_loss": lambda: [randn(N), ranks(), cu(), 0, None],
     "whiten": of_rows(1, True),
     "whiten_backward": of_rows(2, True),
-    "adamw_step": lambda: [*moved(7), randn(7), randn(7), *HYPERPARAMETERS, 0.1, *CORRECTIONS],
     "adamw_steps": adamw_steps,
     "square_sums": of_rows(1),
     "ordered_sum": lambda: [randn(N).double()],

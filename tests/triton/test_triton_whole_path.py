@@ -38,8 +38,8 @@ EPOCHS = {
 }  # fmt: skip
 FORWARD = {"rmsnorm", "linear", "rope", "attention", "swiglu"}
 NETWORK = FORWARD | {"rmsnorm_backward", "linear_backward", "attention_backward", "swiglu_backward"}
-NETWORK |= {"adamw_step", "square_sums"}
-GPT2 = {"layernorm", "gelu", "linear", "attention", "adamw_step", "square_sums"}
+NETWORK |= {"adamw_steps", "square_sums"}
+GPT2 = {"layernorm", "gelu", "linear", "attention", "adamw_steps", "square_sums"}
 GPT2 |= {"layernorm_backward", "gelu_backward", "linear_backward", "attention_backward"}
 HEAD = {"linear_logprob", "linear_logprob_backward"}
 DECODE = {"rmsnorm_residual", "rope_and_write", "attention_decode", "linear_sample"}
