@@ -258,27 +258,32 @@ def ppo_update(side: Side, lines: Iterator[Order]) -> None:
     count, cu = sum(rollouts.lengths), rollouts.cu.tolist()
     ready(side)
 
-    def backward(episodes: int) -> update.Means:
-        means = update.Means()
-        for answers in micro_batches(rollouts, range(episodes), config.token_budget):
-            rows = update.token_rows(cu, answers)
-            update.policy_backward(policy, targets, answers, rows, count, config, means)
-            update.value_backward(value, targets, answers, rows, count, config, means)
-        return means
+    def backward(
+        one: Callable[..., Any], model: Model, episodes: int, means: update.Means
+    ) -> tuple[float, float]:
+        """Seconds and the gradient's norm; as in an update, the gradient is gone before the other model's comes."""
+
+        def passes() -> None:
+            for answers in micro_batches(rollouts, range(episodes), config.token_budget):
+                one(model, targets, answers, update.token_rows(cu, answers), count, config, means)
+
+        seconds, _ = timed(passes)
+        norm = gradient_norm(model)
+        clear(model)
+        return seconds, norm
 
     for order in lines:
-        clear(policy)
-        clear(value)
-        episodes = work["micro_batch"] if order.get("warm_up") else len(work["episodes"])
-        seconds, means = timed(partial(backward, episodes))
+        episodes, means = work["micro_batch"] if order.get("warm_up") else len(work["episodes"]), update.Means()
+        policy_s, policy_norm = backward(update.policy_backward, policy, episodes, means)
+        value_s, value_norm = backward(update.value_backward, value, episodes, means)
         share = episodes / len(work["episodes"])  # the means are over the tokens that were computed
         checks = {
             "policy loss": [means["policy_loss"] * share],
             "value loss": [means["value_loss"] * share],
-            "policy gradient norm": [gradient_norm(policy)],
-            "value gradient norm": [gradient_norm(value)],
+            "policy gradient norm": [policy_norm],
+            "value gradient norm": [value_norm],
         }
-        side.answer(seconds, sum(map(len, work["episodes"])), checks)
+        side.answer(policy_s + value_s, sum(map(len, work["episodes"])), checks)
 
 
 WORKLOADS: dict[str, Callable[[Side, Iterator[Order]], None]] = {

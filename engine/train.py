@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if dry_run:
-            from engine.stages.plan import print_plan
+            from engine.stages.dry_run import print_plan
 
             print_plan(stage, config)
         else:

@@ -177,10 +177,10 @@ def adamw_steps(
         grads, decays = [grad.contiguous() for grad in grads], [weight.weight_decay for weight in weights]
         given = (masters, grads, exp_avgs, exp_avg_sqs, copies, data, averages, lr, beta1, beta2, eps, decays)
         kernel("adamw_steps")(*given, *corrections, scale, clip, ema_decay)
-    stale = [weight for weight in weights if weight.packed is not None and backend != "cpp"]  # never on a GPU
+    stale = [(one, w.master) for w in weights if (one := w.packed) is not None and backend != "cpp"]  # not on a GPU
     if stale and float(clip_scale) != 0.0:
-        for weight in stale:
-            refresh_weight(weight.packed, weight.master)
+        for copy, master in stale:
+            refresh_weight(copy, master)
 
 
 def _blocks(x: Tensor) -> Tensor:

@@ -149,6 +149,11 @@ class Machine:
             "freed and kept by malloc": self.kept_share * kept,
         }
 
+    def gradients(self, size: float, activations: float, one_pass: bool) -> float:
+        """What is there beside the activations at their most: all, or in a step of one pass what outweighs them, since
+        gradients come as activations go. Of a sharded model all: a layer's are on their way to other ranks besides."""
+        return max(0.0, size - activations) if one_pass and self.size == 1 else size
+
 
 def held_and_free(device: torch.device, local_size: int = 1) -> tuple[int, int]:
     """Bytes of the memory that `device` computes in: this process's, and what it may still take, its part of what is
@@ -170,9 +175,7 @@ def epoch_estimator(config: RunConfig, machine: Machine, head: Head, load: Load)
         used = machine.activations(
             model.architecture, min(tokens, load.step), mode, head == "score"
         )
-        # with one micro-batch a step, gradients come as activations go
-        one = tokens >= load.step and machine.size == 1
-        there = max(0.0, gradients - used["activations"]) if one else gradients
+        there = machine.gradients(gradients, used["activations"], tokens >= load.step)
         phases = {
             "trains": {**weights, "gradients": there, **machine.training_pass([model]), **used},
             "saves": {**weights, "checkpoint": checkpoint},
@@ -250,10 +253,8 @@ def ppo_estimator(
             (policy, value), key=lambda m: memory.token_bytes(m.architecture, machine.dtypes, mode)
         )
         used = machine.activations(larger.architecture, count, mode)
-        # one model after the other; with one micro-batch, gradients come as activations go
-        one = tokens >= load.step and not mixed and machine.size == 1
-        gradients = max(first, second)
-        there = max(0.0, gradients - used["activations"]) if one else gradients
+        one = tokens >= load.step and not mixed
+        there = machine.gradients(max(first, second), used["activations"], one)  # one model after the other
         scored = memory.scored_token_bytes(policy.architecture, machine.dtypes) * count
         cache = cache_bytes(
             policy.architecture,

@@ -1,7 +1,6 @@
 """adamw on a GPU: one pass over the flat elements; and sums of squares, a partial sum a program, added in order."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -147,12 +146,18 @@ def adamw_steps(
     beta2: float,
     eps: float,
     weight_decays: Sequence[float],
-    *others: Any,  # from bias_correction1 on, as of adamw_step
+    bias_correction1: float,
+    bias_correction2_sqrt: float,
+    clip_scale: float,
+    clip: Tensor | None,
+    ema_decay: float,
 ) -> None:
     """A launch for each weight."""
-    columns = (masters, grads, exp_avgs, exp_avg_sqs, copies, emas, weight_decays)
-    for *tensors, weight_decay in zip(*columns, strict=True):
-        adamw_step(*tensors, lr, beta1, beta2, eps, weight_decay, *others)
+    corrections = (bias_correction1, bias_correction2_sqrt)
+    for i, (master, grad) in enumerate(zip(masters, grads, strict=True)):
+        tensors = (master, grad, exp_avgs[i], exp_avg_sqs[i], copies[i], emas[i])
+        given = (*tensors, lr, beta1, beta2, eps, weight_decays[i], *corrections, clip_scale, clip, ema_decay)
+        adamw_step(*given)
 
 
 def square_sums(x: Tensor, tuned: Config | None = None) -> Tensor:  # (cdiv(numel, SQUARES),)

@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.run import console
 from engine.run.console import Display, number, printable, trend
 from engine.run.log import RunLog, read_records
+from engine.run.silent_log import SilentLog
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -249,3 +250,15 @@ def test_an_event_of_a_signal_in_the_middle_of_a_write(tmp_path: Path) -> None:
     events, _ = read_records(tmp_path / "events.jsonl")
     assert [e["text"] for e in events] == ["asked to stop"] * 2
     assert _records(tmp_path)[0]["loss"] == 1.0
+
+
+def test_the_silent_log_says_nothing_whatever_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that a log can be asked, so that a new record is not one that the other processes trip over."""
+    public = {name for name, member in vars(RunLog).items() if callable(member) and not name.startswith("_")}
+    assert public | {"__init__", "__enter__", "__exit__"} <= vars(SilentLog).keys()
+    with SilentLog(tmp_path / "run") as log:
+        log.resume(1)
+        log.metrics(1, {"loss": 1.0})
+        log.event("begins")
+        assert log.samples(1, [{"text": "a"}]) == tmp_path / "run" / "samples" / "step-1.jsonl"
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")

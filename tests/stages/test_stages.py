@@ -15,7 +15,7 @@ from engine import ops
 from engine.generate import steps
 from engine.kernels._backend import kernels_usable
 from engine.kernels.attention_decode import attention_decode
-from engine.stages.ppo import score
+from engine.stages.ppo import score, update
 
 COMMON = {"threads": 1, "progress": False, "dtype": "float32"}
 
@@ -209,6 +209,29 @@ def low_level(models, data, folder, dtype="float32"):
 
 
 PROMPTS = ["the cat", "a dog", "one", "two"] * 2
+
+
+def test_one_models_gradients_are_gone_before_the_others_come(models, data, tmp_path, monkeypatch):
+    ppo, seen = low_level(models, data, tmp_path / "ppo"), []
+    both = {"policy": ppo.policy.model, "value": ppo.value}
+
+    def has_gradients(model):
+        return any(p.grad is not None for p in model.parameters().values())
+
+    def recording(name, real):
+        def call(*arguments):
+            out = real(*arguments)
+            seen.append((name, [n for n, model in both.items() if has_gradients(model)]))
+            return out
+
+        return call
+
+    for name in both:
+        monkeypatch.setattr(update, f"{name}_backward", recording(name, getattr(update, f"{name}_backward")))
+    ppo.step(ppo.rollout(PROMPTS), [1.0] * 8)
+    assert {name for name, _ in seen} == set(both)
+    assert all(held == [name] for name, held in seen)
+    assert not any(map(has_gradients, both.values()))
 
 
 @pytest.mark.skipif(not kernels_usable(), reason="torch's products are not batch-invariant")
