@@ -90,6 +90,9 @@ class Saver:
         saved, self._saved = self._saved, []
         return saved
 
+    def close(self) -> None:
+        """The end, when nothing is being written: one process holds nothing that would have to be let go."""
+
     def _write(
         self, step: int, tensors: Tensors, state: Mapping[str, Any], interim: bool, waited: float
     ) -> None:

@@ -161,6 +161,7 @@ class Session:
             self._products.__exit__(kind, error, trace)
             self.log.__exit__(kind, error, trace)
             self._lock.__exit__(kind, error, trace)
+            self._saver.close()
 
     def _finish_saving(self, error: BaseException | None) -> None:
         """The last checkpoint comes to be whatever ended the run; its own failure does not hide that."""
@@ -276,8 +277,7 @@ class Session:
         state: Mapping[str, Any],
         interim: bool = False,
     ) -> None:
-        """Save, in the background where one process trains; `interim`: beside the schedule. Nothing is done when `step`
-        was saved already."""
+        """Save, in the background; `interim`: beside the schedule. Nothing is done when `step` was saved already."""
         if step == self._saved_at:
             return
         more = {"step": step, "stage": self.stage, "config": with_effect(to_dict(self.config))}

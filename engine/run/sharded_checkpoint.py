@@ -7,16 +7,20 @@
 The storage is that module's Hugging Face one, safetensors with JSON in the header: nothing is pickled on disk. The
 folder is made aside and renamed by the first rank once all have written, as in checkpoint.py: its manifest has the
 size and the hash of every rank's file, and a folder is whole or not there. What one rank cannot write ends all.
+As in saver.py training waits for the copy to memory alone: a thread of each rank writes, and these threads have a
+process group of their own, so that what they say to each other does not meet what training says.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,89 +28,116 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.errors import CheckpointError, EngineError, OutputError
+from engine.errors import CheckpointError, OutputError
 from engine.run import checkpoint
 from engine.run.checkpoint import Checkpoint
-from engine.run.distributed import Ranks, is_sharded
+from engine.run.distributed import LONGEST_WAIT, Ranks, is_sharded
 from engine.run.files import refusals_named
-from engine.run.saver import Saved
+from engine.run.saver import Saved, copied
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 SHARD_FILES = "shard-*" + checkpoint.TENSORS
 
 
 class ShardedSaver:
-    """`Saver` of a run of several processes, whose methods all ranks call together: `save` returns when the checkpoint
-    is on the disk, so there is never an error left to be raised later."""
+    """`Saver` of a run of several processes, whose methods but `finished` all ranks call together. What one rank cannot
+    write is an error of all, raised by the same call of all of them."""
 
     def __init__(self, root: Path, keep: int, ranks: Ranks) -> None:
         self.root, self.keep, self.ranks = root, keep, ranks
+        self._group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self._saved: list[Saved] = []
 
     def save(self, step: int, tensors: Groups, state: Mapping[str, Any], interim: bool) -> None:
-        """`checkpoint.save`, each rank its own rows.
+        """Copy now, each rank its own rows, and write beside the caller. Waits for the checkpoint before.
 
         Raises:
-            OutputError: the disk refuses what a rank writes; the checkpoints before it are untouched.
+            OutputError: the disk refuses the folder, or refused the checkpoint before.
             CheckpointError: the state cannot be written as asked.
         """
         began = time.perf_counter()
-        path = save(self.root, step, tensors, state, self.keep, self.ranks, interim)
-        size = self.ranks.by_first(lambda: sum(file.stat().st_size for file in path.iterdir()) / 1e9)
-        seconds = time.perf_counter() - began
-        self._saved = [*self._saved, Saved(path, size, seconds, seconds)]
+        self.wait()
+        text = self.ranks.by_first(partial(self._begin, step, state))
+        copies = {name: copied(tensor) for name, tensor in _flat(tensors).items()}
+        waited = time.perf_counter() - began
+        given = (step, copies, text, interim, waited)
+        self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")
+        self._thread.start()
 
     def check(self) -> None:
-        """Nothing is being written."""
+        """Raise what went wrong since the last call, once all ranks have written or failed to; waits for none."""
+        if self._thread is not None and not self.ranks.any(self._thread.is_alive()):
+            self.wait()
 
     def wait(self) -> None:
-        """Nothing is being written."""
+        """Until nothing is being written. Errors as of `Saver.wait`, here those of any rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def finished(self) -> list[Saved]:
-        """The checkpoints that came to be since the last call."""
+        """The checkpoints that came to be since the last call, in the first rank, which tells of them; else none."""
         saved, self._saved = self._saved, []
         return saved
 
+    def close(self) -> None:
+        """The end, when nothing is being written."""
+        torch.distributed.destroy_process_group(self._group)
 
-def save(
-    root: Path,
-    step: int,
-    tensors: Groups,
-    state: Mapping[str, Any],
-    keep: int,
-    ranks: Ranks,
-    interim: bool = False,
-) -> Path:
-    """`checkpoint.save` by all ranks together, each its own rows. Arguments as there, errors as of `ShardedSaver`."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+    def _paths(self, step: int) -> tuple[Path, Path]:
+        return self.root / f"checkpoint-{step}", self.root / f"{checkpoint.ASIDE}checkpoint-{step}"
 
-    final, aside = root / f"checkpoint-{step}", root / f"{checkpoint.ASIDE}checkpoint-{step}"
-
-    def begin() -> str:
+    def _begin(self, step: int, state: Mapping[str, Any]) -> str:
+        """The folder aside, and the text of the state."""
+        final, aside = self._paths(step)
         text = checkpoint.state_text(state)
         with refusals_named(final):
-            root.mkdir(parents=True, exist_ok=True)
-            checkpoint.clean_up(root)
+            self.root.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean_up(self.root)
             aside.mkdir()
         return text
 
-    def finish() -> None:
-        with refusals_named(final):
-            checkpoint.complete(aside, root, step, text, keep, interim)
+    def _write(self, step: int, tensors: Mapping[str, Tensor], text: str, interim: bool, waited: float) -> None:
+        began = time.perf_counter()
+        try:
+            self._write_together(step, tensors, text, interim)
+            if self.ranks.is_first:
+                final, _ = self._paths(step)
+                size = sum(file.stat().st_size for file in final.iterdir()) / 1e9
+                self._saved = [*self._saved, Saved(final, size, waited, time.perf_counter() - began)]
+        except BaseException as error:  # whatever it was, the next call raises it
+            self._error = error
 
-    text = ranks.by_first(begin)
-    try:
-        with failures_named(final, OutputError):
-            save_shards(_flat(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
-        ranks.by_first(finish)
-    except BaseException as error:
-        if ranks.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, EngineError):  # of all ranks: none goes on before the folder is as it was
-            ranks.wait()
-        raise
-    return final
+    def _write_together(self, step: int, tensors: Mapping[str, Tensor], text: str, interim: bool) -> None:
+        from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+        final, aside = self._paths(step)
+        complete = partial(checkpoint.complete, aside, self.root, step, text, self.keep, interim)
+        try:
+            with failures_named(final, OutputError):
+                save_shards(dict(tensors), storage_writer=_storage(aside, complete), process_group=self._group)
+        except OutputError:  # of all ranks: none goes on before the folder is as it was
+            if self.ranks.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            torch.distributed.barrier(self._group)
+            raise
+
+
+def _storage(aside: Path, complete: Callable[[], object]) -> Any:
+    """What writes a checkpoint's shards. The first rank calls `complete` when all have written; what it raises there,
+    all ranks raise."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    class Storage(HuggingFaceStorageWriter):
+        def finish(self, metadata: object, results: object) -> None:
+            complete()
+
+    return Storage(str(aside), save_distributed=True)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from engine.run import checkpoint, files, memory
 from engine.run.distributed import Ranks, join, local
 from engine.run.optim import Optimizer
 from engine.run.session import Stopped
-from engine.run.sharded_checkpoint import is_sharded_checkpoint, load
+from engine.run.sharded_checkpoint import ShardedSaver, is_sharded_checkpoint, load
 from engine.stages import sft
 from engine.stages.resources import settle_epochs
 from engine.stages.sft import SFTStage
@@ -189,7 +190,7 @@ def a_full_disk(config: dict[str, Any]) -> None:
 
     with (
         replaced(checkpoint, "sync", refusing),
-        pytest.raises(OutputError, match="cannot be written .Input/output error"),
+        pytest.raises(OutputError, match=r"cannot be written \(rank 0: .*Input/output error"),
     ):
         train("sft", config | {"resume_from_checkpoint": "true"})
     assert whole_steps(config) == [1]
@@ -197,6 +198,49 @@ def a_full_disk(config: dict[str, Any]) -> None:
     assert whole_steps(config) == [1, 2, 3]
     missing = Path(config["output_dir"]) / "model.safetensors"
     assert missing.is_file()
+
+
+def writing_beside_training(config: dict[str, Any]) -> None:
+    """Training waits for the copy alone and goes on, with its own messages; an error is found by all at one call."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    ranks, folder, gate, faults = begin(), Path(config["output_dir"]), threading.Event(), []
+
+    def write_data(was: Callable[..., Any], *arguments: Any) -> Any:
+        assert gate.wait(60)
+        if faults and ranks.rank == BAD:
+            raise faults.pop()
+        return was(*arguments)
+
+    model = load_policy(Path(config["model_name_or_path"]), "float32", True, "cpu", ranks)
+    state, saver = {"model": model.state()}, ShardedSaver(folder, 1, ranks)
+    wanted = {name: local(tensor).clone() for name, tensor in state["model"].items()}
+    with replaced(HuggingFaceStorageWriter, "write_data", write_data):
+        saver.save(1, state, {"x": 1}, interim=False)
+        assert not checkpoint.kept(folder) and ranks.any(True)
+        for tensor in state["model"].values():
+            local(tensor).add_(100.0)
+        saver.check()
+        assert saver.finished() == [] and ranks.sums([1.0]) == [2.0]
+        gate.set()
+        saver.wait()
+        told = saver.finished()
+        assert [saved.path.name for saved in told] == ["checkpoint-1"] * ranks.is_first
+        found = load(folder / "checkpoint-1", state, ranks).tensors["model"]
+        assert all(torch.equal(local(found[name]), tensor) for name, tensor in wanted.items())
+
+        faults.append(OSError(errno.ENOSPC, "No space left on device"))
+        saver.save(2, state, {"x": 1}, interim=False)
+        calls = 0
+        slow = replaced(shutil, "rmtree", lambda was, *given, **more: (time.sleep(1.0), was(*given, **more)))
+        with slow, pytest.raises(OutputError, match=r"checkpoint-2: cannot be written \(rank 1"):
+            while calls < 10**6:
+                calls += 1
+                saver.check()
+        assert whole_steps(config) == [1]  # at once: no rank goes on before the first has put the folder away
+        assert ranks.largest(calls) == ranks.smallest(calls)
+    saver.check()
+    saver.close()
 
 
 def another_config(config: dict[str, Any]) -> None:

@@ -36,8 +36,12 @@ def ppo_config(setting: dict[str, str], out: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    "check", ["a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "a_full_disk", "another_config"]
-)
+    "check",
+    [
+        "a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "a_full_disk", "writing_beside_training",
+        "another_config",
+    ],
+)  # fmt: skip
 def test_of_a_supervised_run(check, setting, tmp_path):
     run_jobs(2, [(f"run.rank_faults:{check}", {"config": sft_config(setting, tmp_path / "run")})], tmp_path)
 
