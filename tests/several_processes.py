@@ -21,6 +21,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **own, **more}
 
 
+def flags(config: dict[str, Any]) -> list[str]:
+    """The config as words of the command line."""
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
+
+
 def start(count: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
     """python `arguments` in `count` processes that know each other."""
     with socket.socket() as probe:

@@ -1,6 +1,5 @@
 """torchrun: a process that dies ends all, elastic restart goes on by itself, what is left resumes on one process."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from run.test_distributed_stages import COMMON, assert_same_trajectory, assert_same_weights
-from several_processes import ROOT, environment, train
+from several_processes import ROOT, environment, flags, train
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 
@@ -64,11 +63,9 @@ def configs(tmp_path_factory) -> dict[str, dict]:
 def test_killed_twice_then_finished_by_one(configs):
     train("sft", configs["one"])
     config, folder = configs["killed"], Path(configs["killed"]["output_dir"])
-    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
-    flags = [part for key, value in values.items() for part in (f"--{key}", value)]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
-        "-m", "engine.train", "--stage", "sft", *flags, "--resume_from_checkpoint", "true",
+        "-m", "engine.train", "--stage", "sft", *flags(config), "--resume_from_checkpoint", "true",
     ]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     run = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from run.test_distributed_stages import COMMON
-from several_processes import ROOT, finish, run_jobs, start
+from several_processes import ROOT, finish, flags, run_jobs, start
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 
@@ -67,9 +67,7 @@ def test_two_runs_in_one_folder(setting, tmp_path):
         while not (tmp_path / "run" / "config.yaml").exists() and time.monotonic() < ended:
             assert all(process.poll() is None for process in first)
             time.sleep(0.1)
-        values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
-        flags = [word for key, value in values.items() for word in (f"--{key}", value)]
-        second = start(2, ["-m", "engine.train", "--stage", "sft", *flags])
+        second = start(2, ["-m", "engine.train", "--stage", "sft", *flags(config)])
         said = [process.communicate(timeout=WAIT)[0] for process in second]
         assert [process.returncode for process in second] == [1, 1], said
         assert all("another run writes to" in text and "Traceback" not in text for text in said), said

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_processes import run_jobs, train
+from several_processes import flags, run_jobs, start, train
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -51,6 +51,13 @@ class Setting:
             "micro_batch_tokens": 60,
         }  # fmt: skip
 
+    def selection_config(self, out: str) -> dict:
+        return {
+            **self._base(out, "selection"), "dataset_name": self.data["sft"], "eval_dataset_name": self.data["sft"],
+            "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 3e-3,
+            "select_by_reward_model": str(self.reward), "select_num_prompts": 3, "select_response_length": 6,
+        }  # fmt: skip
+
     def ppo_config(self, out: str) -> dict:
         return {
             **self._base(out, "ppo"), "max_length": 60, "dataset_name": self.data["prompts"],
@@ -78,6 +85,7 @@ def setting(tmp_path_factory) -> Setting:
 def runs(setting) -> Setting:
     """one/: one process. two/ and four/: so many. ppo of moved/: iteration 1 by 2, 2 by 4 as 2 x 2, 3 by 1."""
     train("ppo", setting.ppo_config("one"))
+    train("sft", setting.selection_config("one"))
     moved = setting.ppo_config("moved")
     resumed = {**moved, "resume_from_checkpoint": "true"}
     checks = [("run.rank_checks:talk", {}), ("run.rank_checks:score_head", {"folder": str(setting.model)})]
@@ -90,6 +98,7 @@ def runs(setting) -> Setting:
         *checks,
         ("sft", {"config": setting.sft_config("two")}),
         ("rm", {"config": setting.rm_config("two")}),
+        ("sft", {"config": setting.selection_config("two")}),
         ("ppo", {"config": moved, "saves": 1}),
     ]
     run_jobs(2, two, setting.folder)
@@ -142,6 +151,21 @@ def test_the_same_tokens_are_sampled(runs):
         for line, truth in zip(*((f / name).read_text().splitlines() for f in (ours, one)), strict=True):
             row, wanted = json.loads(line), json.loads(truth)
             assert row["tokens"] == wanted["tokens"] and row["episode"] == wanted["episode"]
+
+
+def test_the_same_checkpoint_is_selected(runs):
+    ours, one = (json.loads((runs.folder / out / "selection" / "selection.json").read_text()) for out in ("two", "one"))
+    assert ours["best"] == one["best"] and len(one["mean_reward"]) > 1
+    assert ours["mean_reward"] == pytest.approx(one["mean_reward"], rel=2e-4, abs=2e-6)
+    assert_same_weights(runs.folder / "two" / "selection", runs.folder / "one" / "selection")
+
+
+def test_a_dry_run_speaks_once_and_for_each_process(setting):
+    processes = start(2, ["-m", "engine.train", "--stage", "sft", *flags(setting.sft_config("dry")), "--dry_run"])
+    first, second = (process.communicate(timeout=600)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "dry run: nothing is trained" in first and "of each of 2 processes" in " ".join(first.split())
+    assert "dry run" not in second and not (setting.folder / "dry").exists()
 
 
 def test_exports_are_plain_folders(runs):
