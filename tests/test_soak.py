@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 from bench.soak import SoakError, faults, play, system, verdict
 from bench.soak.__main__ import main, parsed, told
 from bench.soak.setting import MARK, Setting
-from bench.soak.start import last_step, newest
+from bench.soak.start import Start, last_step, newest
 from bench.soak.system import Sample
 from engine.run import checkpoint
 
@@ -179,6 +181,34 @@ def test_ends_that_are_not_as_documented_are_refused(tmp_path):
     (found.out / "checkpoint-4" / "manifest.json").unlink()
     with pytest.raises(SoakError, match="iteration 4 is on record, but the newest checkpoint is .*checkpoint-2"):
         found.expect(by_name("SIGTERM"), start, 3)
+
+
+class Told(Setting):
+    """Of a start that says what it does with Ctrl-C."""
+
+    def words(self, out: Path, flags: tuple[str, ...] = ()) -> list[str]:
+        return [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT))"]
+
+
+def test_a_start_does_not_ignore_what_its_shell_ignores(tmp_path):
+    (tmp_path / "logs").mkdir()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Start(Told(tmp_path, 10, 2, 0), tmp_path / "run", 1) as start:
+            assert start.process.wait() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "default_int_handler" in start.log.read_text()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_signal_that_is_lost_is_refused(ends, tmp_path):
+    sent: list[int] = []
+    start = SimpleNamespace(base=4, log=tmp_path, send=sent.append, wait_until=lambda step: step == 15 and not ends)
+    stage = SimpleNamespace(rng=random.Random(0), start_s=0.0, pace=3)
+    with nullcontext() if ends else pytest.raises(SoakError, match="SIG(TERM|INT) goes on and on"):
+        faults.early_signal(stage, start)
+    assert len(sent) == 1
 
 
 def test_damage_that_nobody_did_is_refused(tmp_path):

@@ -101,7 +101,10 @@ def kill(stage: Stage, start: Start) -> None:
 
 def early_signal(stage: Stage, start: Start) -> None:
     while_starting(stage)
-    start.send(stage.rng.choice([signal.SIGTERM, signal.SIGINT]))
+    number = stage.rng.choice([signal.SIGTERM, signal.SIGINT])
+    start.send(number)
+    if start.wait_until(start.base + 3 * stage.pace + 2):
+        raise SoakError(f"a start that got {number.name} goes on and on: {start.log}")
 
 
 def await_it(stage: Stage, start: Start) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,9 +30,16 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def give_up_rights() -> None:
-    """In the child, between fork and exec: a superuser's run heeds the rights of files like anybody's."""
+    """A superuser's run heeds the rights of files like anybody's."""
     if os.geteuid() == 0 and LIBC.prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "PR_CAPBSET_DROP")
+
+
+def in_the_child(heeds_rights: bool) -> None:
+    """Between fork and exec. A shell's job in the background ignores Ctrl-C, and what it starts would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if heeds_rights:
+        give_up_rights()
 
 
 def last_step(metrics: Path) -> int:
@@ -87,7 +95,7 @@ class Start:
                     stderr=subprocess.STDOUT,
                     env=setting.environment(fault or {}),
                     start_new_session=True,  # Ctrl-C is ours alone
-                    preexec_fn=give_up_rights if heeds_rights else None,
+                    preexec_fn=partial(in_the_child, heeds_rights),
                 )
             except subprocess.SubprocessError as error:
                 raise SoakError(
