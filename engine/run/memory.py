@@ -33,7 +33,8 @@ Items = Mapping[str, float]
 GB = 1e9
 # Freed tensors that glibc's malloc keeps, as a share of the activations: measured 0.53 and 0.65 (docs/memory.md)
 KEPT_BY_MALLOC = 0.6
-_M_MMAP_THRESHOLD, _MAPPED_APART = -3, 1 << 20
+_M_MMAP_THRESHOLD, _MAPPED_APART, _LARGEST_ON_HEAP = -3, 1 << 20, 32 << 20
+_M_TRIM_THRESHOLD, _KEPT_FREE = -1, 64 << 20
 HEAD_SLAB, HEAD_COLUMNS = 2048 * 800, 4128  # numbers of a slab of logits, and of a row's: csrc/cpu/linear_logprob.cpp
 
 
@@ -178,8 +179,22 @@ def give_back_freed() -> bool:
     glibc raises the size from which it does so, up to 32 MiB, at each such free: tensors of a layer then lie on heaps
     with holes between them. Giving them back costs their page faults (docs/memory.md).
     """
+    return _mallopt(_M_MMAP_THRESHOLD, _MAPPED_APART)
+
+
+def keep_freed() -> bool:
+    """From now on up to 64 MiB at the end of the heap stay when they are freed; says whether the C library can.
+
+    glibc gives them back at once: a forward without gradient frees a layer's tensors and takes them again for the next
+    layer, and the faults of their pages were 6 % of its time (bench/LOG.md). Asked for one of the two, it keeps to a
+    size from which tensors are mapped apart that none of a layer is below, so both are set.
+    """
+    return _mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP) and _mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED_APART))
+    return mallopt is not None and bool(mallopt(parameter, value))
 
 
 def resident_bytes() -> int:

@@ -84,10 +84,10 @@ class Machine:
         """This one, with `size` processes of the run, `local_size` of them here."""
         device = choose_device(config.device)
         storage = resolve_dtype(config.dtype, device)
-        given_back = device.type != "cpu"
         saving = config.peak_memory_gb is not None or config.activation_checkpointing == "full"
-        if saving and not given_back:
-            given_back = memory.give_back_freed()
+        given_back = device.type != "cpu" or (saving and memory.give_back_freed())
+        if not given_back:
+            memory.keep_freed()
         held, free = held_and_free(device, local_size)
         return cls(
             device=device,

@@ -1,5 +1,9 @@
 """The estimate of a run's memory: its items against tensors, its sum against what whole runs took."""
 
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -201,3 +205,43 @@ def test_ppo_takes_what_was_estimated(shaped, tmp_path):
     )
     assert measured == pytest.approx(estimated, rel=WITHIN), printed
     assert bound is None or measured < bound
+
+
+FAULTS = """
+import resource, torch
+from engine.run import memory
+{told}
+def layers(count):
+    for _ in range(count):
+        x = [torch.zeros(5 << 18) for _ in range(4)]  # 5 MiB each
+        del x
+layers(5)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+layers(50)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(told: str) -> int:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "THP_"))}
+    words = [sys.executable, "-c", FAULTS.format(told=told)]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_pages_of_freed_tensors_stay_or_go():
+    """50 layers of 5,120 pages."""
+    assert faults("assert memory.keep_freed()") < 2000
+    assert faults("assert memory.keep_freed() and memory.give_back_freed()") > 200_000
+    assert faults("assert memory.give_back_freed() and memory.keep_freed()") < 2000
+
+
+@pytest.mark.parametrize(
+    "more, told", [({}, "keep"), ({"peak_memory_gb": 4.0}, "give"), ({"activation_checkpointing": "full"}, "give")]
+)
+def test_what_malloc_is_told(more, told, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(memory, "keep_freed", lambda: said.append("keep") or True)
+    monkeypatch.setattr(memory, "give_back_freed", lambda: said.append("give") or True)
+    Machine.of(SFTConfig(**{"model_name_or_path": "m", "output_dir": str(tmp_path), "device": "cpu", **more}))
+    assert said == [told]
