@@ -140,7 +140,11 @@ class Session:
         refuse_a_used_folder(self.folder, self.config.resume_from_checkpoint)
 
     def __enter__(self) -> Session:
-        self.ranks.by_first(self._lock.__enter__)
+        try:
+            self.ranks.by_first(self._lock.__enter__)
+        except BaseException:
+            self._saver.close()
+            raise
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._request_stop)
         self._products.__enter__()
