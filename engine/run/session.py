@@ -95,7 +95,7 @@ def refuse_a_used_folder(folder: Path, resume: str | None) -> None:
         )
 
 
-def saver_of(folder: Path, keep: int, ranks: Ranks) -> Saver | ShardedSaver:
+def saver_of(folder: Path, keep: int, ranks: Ranks) -> Saver:
     """What writes checkpoints: beside the training of one process, or all ranks together."""
     return Saver(folder, keep) if ranks.mesh is None else ShardedSaver(folder, keep, ranks)
 

@@ -33,22 +33,20 @@ from engine.run import checkpoint
 from engine.run.checkpoint import Checkpoint
 from engine.run.distributed import LONGEST_WAIT, Ranks, is_sharded
 from engine.run.files import refusals_named
-from engine.run.saver import Saved, copied
+from engine.run.saver import Saved, Saver, copied
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 SHARD_FILES = "shard-*" + checkpoint.TENSORS
 
 
-class ShardedSaver:
+class ShardedSaver(Saver):
     """`Saver` of a run of several processes, whose methods but `finished` all ranks call together. What one rank cannot
-    write is an error of all, raised by the same call of all of them."""
+    write is an error of all, raised by the same call of all of them. `finished` is told in the first rank alone."""
 
     def __init__(self, root: Path, keep: int, ranks: Ranks) -> None:
-        self.root, self.keep, self.ranks = root, keep, ranks
+        super().__init__(root, keep)
+        self.ranks = ranks
         self._group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._saved: list[Saved] = []
 
     def save(self, step: int, tensors: Groups, state: Mapping[str, Any], interim: bool) -> None:
         """Copy now, each rank its own rows, and write beside the caller. Waits for the checkpoint before.
@@ -63,27 +61,13 @@ class ShardedSaver:
         copies = {name: copied(tensor) for name, tensor in _flat(tensors).items()}
         waited = time.perf_counter() - began
         given = (step, copies, text, interim, waited)
-        self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")
+        self._thread = threading.Thread(target=self._write_own, args=given, name="checkpoint")
         self._thread.start()
 
     def check(self) -> None:
         """Raise what went wrong since the last call, once all ranks have written or failed to; waits for none."""
         if self._thread is not None and not self.ranks.any(self._thread.is_alive()):
             self.wait()
-
-    def wait(self) -> None:
-        """Until nothing is being written. Errors as of `Saver.wait`, here those of any rank."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def finished(self) -> list[Saved]:
-        """The checkpoints that came to be since the last call, in the first rank, which tells of them; else none."""
-        saved, self._saved = self._saved, []
-        return saved
 
     def close(self) -> None:
         """The end, when nothing is being written."""
@@ -102,7 +86,7 @@ class ShardedSaver:
             aside.mkdir()
         return text
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], text: str, interim: bool, waited: float) -> None:
+    def _write_own(self, step: int, tensors: Mapping[str, Tensor], text: str, interim: bool, waited: float) -> None:
         began = time.perf_counter()
         try:
             self._write_together(step, tensors, text, interim)
