@@ -5,10 +5,10 @@
 
 A Triton kernel is interpreted for a few of its programs, spread over its grid, and what they load and store is scaled
 to all of them; for more where they do not ask for equally many bytes, as attention's do not. The first and the last
-program show what part of a tensor the launch is about. An operation of torch reads each of its tensors and writes each
-result once; views are nothing. A product of torch is counted and not computed, and asks for what tiles of 128 x 256,
-the largest of Hopper's libraries, would load. The same counter takes the engine's kernels, other libraries' and eager
-torch.
+program with work show what part of a tensor the launch is about. An operation of torch reads each of its tensors and
+writes each result once; views are nothing. A product of torch is counted and not computed, and asks for what tiles of
+128 x 256, the largest of Hopper's libraries, would load. The same counter takes the engine's kernels, other libraries'
+and eager torch.
 """
 
 import bisect
@@ -144,10 +144,16 @@ class _Launch:
         self.first, self.last = [1 << 62] * len(self.starts), [0] * len(self.starts)
         self.flops = self.exponentials = 0.0
         self.counts = True
+        self.met: set[int] = set()  # tensors that were asked for since this was cleared
 
     @property
     def asked(self) -> float:
         return sum(self.read) + sum(self.written)
+
+    @property
+    def used(self) -> set[int]:
+        """Tensors that the programs counted so far ask for."""
+        return {at for at in range(len(self.starts)) if self.read[at] + self.written[at]}
 
     def ask(self, asked: list[float], pointers: Any, mask: Any) -> None:
         """A load or store: each address that its mask lets through, once."""
@@ -155,6 +161,7 @@ class _Launch:
         live = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape).astype(bool)]
         if live.size:
             at = bisect.bisect_right(self.starts, int(live.flat[0])) - 1
+            self.met.add(at)
             width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             self.first[at] = min(self.first[at], int(live.min()))
             self.last[at] = max(self.last[at], int(live.max()) + width)
@@ -283,9 +290,14 @@ def _sampling(work: Work) -> Callable[..., None]:
                     if len(asked) == PROGRAMS and len({*asked}) == 1:
                         break
                     asked.append(run(at))
-                launch.counts = False  # the ends show what memory is touched
-                for at in {0, total - 1} if total else ():
-                    run(at)
+                # the ends show what memory is touched; programs there may have no work, or none on some tensor
+                launch.counts = False
+                for ends in range(total), range(total)[::-1]:
+                    launch.met.clear()
+                    for at in ends[:UNEQUAL]:
+                        run(at)
+                        if launch.met >= launch.used:
+                            break
         finally:
             scope.restore()
             modes.__exit__(None, None, None)

@@ -12,7 +12,8 @@ from typing import Any
 MEMORY = 3.35e12  # bytes a second, H100 SXM
 TENSOR = 990e12  # dense bf16 FLOP/s
 GB = 1e9
-SLAB = 8192  # columns of the vocabulary whose gradients lie in memory at a time
+# columns of the vocabulary whose gradients lie in memory at a time, and numbers of them where that is more
+SLAB, GRADIENTS = 8192, 2**27  # engine/kernels/configs/linear_logprob_backward.json
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def memory(
     layer = (
         2 * max(policy.parameters / policy.layers, value.parameters / value.layers) * (ranks > 1)
     )
-    slab = 2 * batch.budget * min(SLAB, policy.vocabulary)
+    slab = 2 * min(max(SLAB * batch.budget, GRADIENTS), policy.vocabulary * batch.budget)
     stream = batch.budget * 2 * 4 * max(policy.hidden, value.hidden)
     held = states / ranks
     return {

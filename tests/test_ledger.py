@@ -11,6 +11,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("bytes are counted in the interpreter", allow_module_level=True)
 
+import triton  # noqa: E402
+from triton import language as tl  # noqa: E402
+
 from bench import gpu, ledger, ledger_count, ledger_plan, ledger_table  # noqa: E402
 from bench.rivals import eager, inductor  # noqa: E402
 from engine.run import memory  # noqa: E402
@@ -87,6 +90,21 @@ def test_programs_of_unequal_work_are_counted_more():
     assert 0.95 * compulsory < work.memory <= 1.05 * compulsory
     most = ledger_count.UNEQUAL
     assert {len(ledger_count._places(n)) for n in range(2 * most)} == {*range(most + 1)}
+
+
+@triton.jit
+def _copy_some(x, out, there, size, BLOCK: tl.constexpr):
+    """Program i + 2 copies block i: the first two and the last have nothing to copy, and write that they were there."""
+    at = (tl.program_id(0) - 2) * BLOCK + tl.arange(0, BLOCK)
+    mask = (at >= 0) & (at < size)
+    tl.store(out + at, tl.load(x + at, mask=mask), mask=mask)
+    tl.store(there + tl.program_id(0), 1)
+
+
+def test_idle_programs_at_the_ends_do_not_hide_memory():
+    x, out, there = torch.zeros(64 * 16), torch.empty(64 * 16), torch.zeros(2 + 64 + 1)
+    work = counted(lambda: _copy_some[(2 + 64 + 1,)](x, out, there, x.numel(), BLOCK=16))
+    assert work.memory == 2 * 4 * x.numel() + 4 * there.numel()
 
 
 def test_what_is_read_again_is_requested_and_not_memory():

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 Call = Callable[[], Any]
+MULTIPROCESSORS = 132  # of an H100 SXM
 
 
 @triton.jit
@@ -79,13 +80,32 @@ def cce_logprob(device: str, dtype: torch.dtype, back: bool, N: int, V: int, H: 
     )
 
 
-def _verl(tma: bool) -> Any:
-    """verl's kernels without the rest of verl, whose import needs a cluster's packages."""
+@functools.cache
+def _copied(path: str, pattern: str, instead: str) -> Any:
+    """A library's file, edited, as a module of its own; its source lies on the disk, where Triton reads it."""
     import liger_kernel
 
     folder = Path(str(liger_kernel.__file__)).parents[1]
-    source = (folder / "verl" / "utils" / "kernel" / "kernels.py").read_text()
-    source = re.sub(r"\b\w+\.is_cuda\b", "True", source)
+    edited, count = re.subn(pattern, instead, (folder / path).read_text())
+    if not count:
+        raise RuntimeError(f"{path} has nothing like {pattern!r}; want the version of setup.sh")
+    copy = folder / f"copy_of_{path.replace('/', '_')}"
+    copy.write_text(edited)
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[copy.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _liger_norm(name: str) -> Any:
+    """As on an H100: its backward starts a program a multiprocessor, where it sees no GPU one alone for all rows."""
+    return _copied(f"liger_kernel/ops/{name}.py", r"\bsm_count = 1\b", f"sm_count = {MULTIPROCESSORS}")
+
+
+def _verl(tma: bool) -> Any:
+    """verl's kernels without the rest of verl, whose import needs a cluster's packages."""
     device = types.ModuleType("verl.utils.device")
     device.get_device_capability = lambda: (9, 0)  # type: ignore[attr-defined]
     device.get_device_name = lambda: "cpu"  # type: ignore[attr-defined]
@@ -94,14 +114,7 @@ def _verl(tma: bool) -> Any:
     sys.modules.update({"verl.utils.device": device})
     for parent in ("verl", "verl.utils"):
         sys.modules.setdefault(parent, types.ModuleType(parent))
-    copy = folder / "verl_kernels_copy.py"
-    copy.write_text(source)
-    spec = importlib.util.spec_from_file_location("verl_kernels_copy", copy)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["verl_kernels_copy"] = module
-    spec.loader.exec_module(module)
-    return module
+    return _copied("verl/utils/kernel/kernels.py", r"\b\w+\.is_cuda\b", "True")
 
 
 def verl_logprob(
@@ -137,7 +150,7 @@ def liger_swiglu(device: str, dtype: torch.dtype, back: bool, N: int, F: int) ->
 
 def liger_rmsnorm(device: str, dtype: torch.dtype, back: bool, N: int, H: int) -> Call:
     """Of a stream in the storage dtype (the engine's is float32), and not with the residual sum."""
-    ops = importlib.import_module("liger_kernel.ops.rms_norm")
+    ops = _liger_norm("rms_norm")
     if device == "cpu":
         ops.rsqrt = _rsqrt  # type: ignore[attr-defined]
     x, grad, weight = (
@@ -156,7 +169,7 @@ def liger_rmsnorm(device: str, dtype: torch.dtype, back: bool, N: int, H: int) -
 
 
 def liger_layernorm(device: str, dtype: torch.dtype, back: bool, N: int, H: int) -> Call:
-    ops = importlib.import_module("liger_kernel.ops.layer_norm")
+    ops = _liger_norm("layer_norm")
     if device == "cpu":
         ops.rsqrt = _rsqrt  # type: ignore[attr-defined]
     x, grad = _rows(device, dtype, N, H), _rows(device, dtype, N, H)

@@ -155,14 +155,14 @@ def _slab_gradient(
     row_max,
     log_sum,
     entropy,
-    dz,  # (N, WIDTH): columns first ... first + WIDTH - 1
-    bias_sums,  # (row blocks, WIDTH) or None
+    dz,  # (N, width): columns first ... first + width - 1
+    bias_sums,  # (row blocks, width) or None
     inverse_temperature,
     first,
+    width,
     N,
     V: tl.constexpr,
     H: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -191,10 +191,10 @@ def _slab_gradient(
     slope = tl.where(inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)
 
     live = inside[:, None] & (column + n < V)[None, :]
-    at = dz + row[:, None] * WIDTH + slab_column[None, :]
+    at = dz + row[:, None] * width + slab_column[None, :]
     tl.store(at, slope.to(dz.dtype.element_ty), mask=live)
     if bias_sums is not None:
-        at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column
+        at = bias_sums + tl.program_id(0).to(tl.int64) * width + slab_column
         tl.store(at, tl.sum(slope, 0), mask=column + n < V)
 
 
@@ -297,17 +297,20 @@ def linear_logprob_backward(
     need_bias: bool,
     tuned: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # d hidden (dtype of hidden), d weight, d bias (float32)
-    """Size of the table: V. Its SLAB columns of dz are held at once, bfloat16 for a bfloat16 weight, else float32.
+    """Size of the table: V. SLAB columns of dz are held at once, and more while they are below GRADIENTS numbers.
 
+    They are bfloat16 for a bfloat16 weight, else float32.
     (float16 would lose the gradients of a mean over many tokens below its smallest number.)
     """
     check_vocabulary(dense)
     tuned = tuned or table("linear_logprob_backward", dense)
     blocks = dict(tuned.blocks)
-    slab, block_m, block_n = blocks.pop("SLAB"), blocks["BLOCK_M"], blocks["BLOCK_N"]
+    slab, gradients = blocks.pop("SLAB"), blocks.pop("GRADIENTS")
+    block_m, block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
     tuned = Config(blocks, tuned.num_warps, tuned.num_stages)
     (N, H), V = hidden.shape, dense.shape[0]
-    width = min(slab, cdiv(V, block_n) * block_n)
+    # each slab reads the hidden states anew and adds to all of their gradients: the wider, the fewer
+    width = cdiv(min(max(slab, gradients // max(N, 1)), V), block_n) * block_n
     operand = torch.bfloat16 if dense.dtype == torch.bfloat16 else torch.float32
     dz, wide = hidden.new_empty((N, width), dtype=operand), torch.float32
     sums = hidden.new_empty((cdiv(N, block_m), width), dtype=wide) if need_bias else None
@@ -325,8 +328,7 @@ def linear_logprob_backward(
                 _slab_gradient, (cdiv(min(ROWS, N - row), block_m), cdiv(used, block_n)),
                 grad_logprob[rows], grad_entropy[rows], hidden[rows], dense, bias, *of_rows,
                 dz[rows], None if sums is None else sums[row // block_m :],
-                1.0 / temperature, first, min(ROWS, N - row),
-                config=tuned, V=V, H=H, WIDTH=width,
+                1.0 / temperature, first, width, min(ROWS, N - row), config=tuned, V=V, H=H,
             )  # fmt: skip
         if need_hidden:
             _add_product(dh, dz[:, :used], dense[columns])

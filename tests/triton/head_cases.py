@@ -14,7 +14,7 @@ from engine.kernels.triton import _launch
 
 @contextmanager
 def blocks(
-    m: int = 16, n: int = 16, k: int = 16, slab: int = 32, r: int = 16, t: int = 2
+    m: int = 16, n: int = 16, k: int = 16, slab: int = 32, gradients: int = 1, r: int = 16, t: int = 2
 ) -> Iterator[None]:
     """Inside, the head's tables hold these blocks: small ones, so that every loop goes round and has a tail."""
     original = _launch.table
@@ -24,7 +24,7 @@ def blocks(
             return original(op)
         tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
         if op.startswith("linear_logprob_backward"):
-            tile["SLAB"] = slab
+            tile |= {"SLAB": slab, "GRADIENTS": gradients}
         if op == "linear_logprob_merge":
             tile = {"BLOCK_R": r, "BLOCK_T": t}
         row = {"up_to": None, **tile, "num_warps": 4, "num_stages": 1}

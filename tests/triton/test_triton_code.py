@@ -241,8 +241,8 @@ def test_every_row_of_a_table_is_recorded_for_every_dtype(path):
     for arch, rows in json.loads(path.read_text()).items():
         for row in rows:
             warps, stages = row["num_warps"], row["num_stages"]
-            # SLAB is the launcher's, who makes a WIDTH of it
-            others = ("up_to", "num_warps", "num_stages", "SLAB")
+            # SLAB and GRADIENTS are the launcher's, who makes a width of them
+            others = ("up_to", "num_warps", "num_stages", "SLAB", "GRADIENTS")
             blocks = {f"{name}={value}" for name, value in row.items() if name not in others}
             taken = [
                 v

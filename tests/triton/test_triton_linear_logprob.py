@@ -207,6 +207,28 @@ def test_rows_in_pieces_have_the_same_gradients(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("rows, slabs", [(40, 5), (20, 3), (3, 1)])
+def test_few_rows_have_wider_slabs(monkeypatch, rows, slabs):
+    """75 columns in whole tiles of 16: 16 at least, 32 of 20 rows' 640 numbers, all of 3 rows'."""
+    widths, original = [], kernels._product
+
+    def seen(a, b, out=None):
+        widths.append(a.shape[0])
+        return original(a, b, out)
+
+    monkeypatch.setattr(kernels, "_product", seen)
+    hidden, weight, bias = exact(rows, 9), exact(75, 9), exact(75)
+    inputs = (hidden, weight, torch.randint(75, (rows,), device=DEVICE), bias)
+    grad, found = torch.randn(2, rows, device=DEVICE), []
+    for gradients in (640, 1):
+        with blocks(slab=16, gradients=gradients):
+            found.append(gradients_on_triton(stacked(linear_logprob, 0.8), inputs, grad))
+            assert len(widths) == (slabs if gradients > 1 else 5) and sum(widths) == 75
+            widths.clear()
+    for wide, narrow in zip(*found, strict=True):
+        torch.testing.assert_close(wide, narrow, rtol=1e-5, atol=1e-5)
+
+
 def test_only_what_is_wanted_gets_a_gradient():
     hidden, weight, _ = head(2, 50, 6)
     targets = torch.tensor([1, 2], device=DEVICE)
@@ -384,7 +406,7 @@ DEFECTS = {
     ),
     "the first slab again": ("dense[columns])", "dense[:used])"),
     "blocks of rows overwrite each other": (
-        "at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column",
+        "at = bias_sums + tl.program_id(0).to(tl.int64) * width + slab_column",
         "at = bias_sums + slab_column",
     ),
 }
