@@ -66,9 +66,9 @@ bench-train: setup
 	  $(if $(RANKINGS)$(DATA),--rankings $(or $(RANKINGS),$(DATA)/rankings.jsonl))
 
 # Everything that only a GPU can say, in one file to send back; for an environment with a GPU build of torch, which
-# `make setup` does not install: make gpu-check PYTHON=python
+# `make setup` does not install: make gpu-check PYTHON=python. Without PYTHON it is that of `make setup`, if it is there.
 gpu-check:
-	$(PYTHON) -m bench.gpu_check
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m bench.gpu_check
 
 clean:
 	rm -rf build $(VENV) engine/_C*.so engine/_cuda*.so *.egg-info

@@ -2,6 +2,7 @@
 
     python -m bench.aot                       compile all, check, write bench/results/gpu_code.json
     python -m bench.aot --check               compile all, check, and compare with that file
+    python -m bench.aot --plan                compile nothing: is a kernel, or a way through one, left out?
     python -m bench.aot --only gae            one op: a line a kernel, its gates; nothing is written
     python -m bench.aot --only gae --keep DIR with the code of each kernel in DIR
 
@@ -33,7 +34,7 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has no code
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 
-from bench import aot_code, aot_gates  # noqa: E402
+from bench import aot_code, aot_gates, aot_paths  # noqa: E402
 from bench.aot_plan import Variant, plan  # noqa: E402
 from bench.gpu import DTYPES  # noqa: E402
 
@@ -234,33 +235,42 @@ def _line(record: Record) -> str:
     )
 
 
+def left_out(variants: list[Variant]) -> list[str]:
+    """What the plan of all cases does not compile, or no gate was chosen for."""
+    launched = {aot_paths.names(variant.function) for variant in variants}
+    ways = aot_paths.missed((v.arch, v.function, v.known) for v in variants)
+    kernels = {(variant.op, variant.kernel) for variant in variants}
+    return aot_gates.uncompiled(launched) + ways + aot_gates.unsorted(kernels)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.aot", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="OP")
     parser.add_argument("--arch", nargs="+", default=[], choices=[*aot_code.MACHINES])
     parser.add_argument("--dtype", nargs="+", default=[], choices=[*DTYPES])
-    parser.add_argument("--check", action="store_true", help="compare with the recorded file")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument("--plan", action="store_true", help="compile nothing")
+    aim.add_argument("--check", action="store_true", help="compare with the recorded file")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write the code of each kernel")
     given = parser.parse_args()
     start, part = time.perf_counter(), bool(given.only or given.arch or given.dtype)
     variants, problems = plan(given.only, given.arch, given.dtype)
-    records = []
-    for record in compiled(variants, given.keep):
+    problems += [] if part else left_out(variants)
+    records: list[Record] = []
+    for record in compiled([] if given.plan else variants, given.keep):
         records.append(record)
         failed = [] if "error" in record else aot_gates.failures(record)
         if part or failed or "error" in record:
             print(_line(record), flush=True)
         problems += [f"{_line(record)}"] if "error" in record else []
         problems += [f"{aot_gates.named(record)}: {text}" for text in failed]
-    if not part:
-        problems += aot_gates.uncompiled(variant.op for variant in variants)
     if given.check and not part:
         problems += differences(records)
-    elif not part and not any("error" in record for record in records):
+    elif not (part or given.plan) and not any("error" in record for record in records):
         RECORD.write_text(written(records))
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
-    print(f"{len(records)} variants, {len(problems)} failures, {time.perf_counter() - start:.1f} s")
+    print(f"{len(variants)} variants, {len(problems)} failures, {time.perf_counter() - start:.1f} s")
     return 1 if problems else 0
 
 

@@ -2,27 +2,52 @@
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+from bench import aot_paths
 from bench.aot_code import MACHINES
 
 Record = dict[str, Any]
-KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 THREADS = {"gfx942": 64}  # a warp's; 32 elsewhere
 
-# Kernels that do nothing but pass over memory: what they load must come 128 bits at a time.
-STREAMING: dict[str, tuple[str, ...]] = {
-    "adamw": ("_step", "_squares"),
+# By op, the kernels that must load 128 bits at a time: those that pass over memory, and those of products.
+WIDE: dict[str, tuple[str, ...]] = {
+    "adamw": ("_step", "_squares", "_ordered_sum"),
+    "attention": ("_forward", "_delta", "_backward_queries", "_backward_keys"),
+    "attention_decode": ("_chunk",),
     "gelu": ("_forward", "_backward"),
     "kl_reward": ("_forward", "_backward"),
-    "layernorm": ("_forward", "_backward", "_backward_wide"),
+    "layernorm": ("_forward", "_backward", "_backward_wide", "_sum_parts"),
+    "linear": ("_forward",),
+    "linear_logprob": ("_statistics", "_slab_gradient"),
+    "linear_sample": ("_statistics", "_pick"),
     "ppo_policy_loss": ("_tokens",),
     "ppo_value_loss": ("_tokens",),
-    "rmsnorm": ("_forward", "_backward", "_backward_wide"),
+    "rmsnorm": ("_forward", "_backward", "_backward_wide", "_sum_parts"),
     "rope": ("_forward", "_rotate_and_write"),
     "swiglu": ("_forward", "_backward"),
-    "whiten": ("_forward", "_backward"),
+    "whiten": ("_statistics", "_forward", "_backward"),
+}
+ANYWHERE = "a segment begins at any token, a number that is read: no address is known to be a multiple of 16 bytes"
+WALK = f"{ANYWHERE}; lanes hold neighbours, so that a warp reads whole lines all the same"
+FEW = "a few KB in all"
+APART = "numbers of a tile lie N behind those of the one before, and N is any number"
+# (op, kernel) -> why it need not
+NARROW: dict[tuple[str, str], str] = {
+    ("attention_decode", "_merge"): "one warp over the channels of a head: of 64, two a lane",
+    ("gae", "_forward"): f"{WALK}; and it walks downwards",
+    ("gae", "_backward"): WALK,
+    ("kl_reward", "_ends"): "one token a segment, wherever it ends",
+    ("kl_reward", "_backward_ends"): "one token a segment, wherever it ends",
+    ("kl_reward_gae", "_forward"): f"{WALK}; and it walks downwards",
+    ("linear_logprob", "_merge"): APART,
+    ("linear_sample", "_merge"): APART,
+    ("ppo_policy_loss", "add_partials"): FEW,
+    ("ppo_value_loss", "add_partials"): FEW,
+    ("ranking_loss", "_prompts"): f"{ANYWHERE}; {FEW}",
+    ("ranking_loss", "_batch"): FEW,
+    ("ranking_loss", "_gradient"): f"{ANYWHERE}; {FEW}",
+    ("whiten", "_merge"): FEW,
 }
 # Ops whose blocks give a lane of AMD's 64 fewer than 128 bits in some dtype.
 NARROW_ON_AMD = {"kl_reward", "ppo_policy_loss", "ppo_value_loss", "swiglu", "whiten"}
@@ -68,11 +93,11 @@ def tensor_cores(record: Record) -> str:
 
 
 def wide_loads(record: Record) -> str:
-    """Kernels that stream load 128 bits at a time."""
+    """Kernels of WIDE load 128 bits at a time."""
     narrow = record["arch"] == "gfx942" and record["op"] in NARROW_ON_AMD
-    if narrow or record["kernel"] not in STREAMING.get(record["op"], ()):
+    if narrow or record["kernel"] not in WIDE.get(record["op"], ()):
         return ""
-    return "no 128-bit load in a kernel that streams" if not record["wide_loads"] else ""
+    return "no 128-bit load, which WIDE asks for" if not record["wide_loads"] else ""
 
 
 def occupied(record: Record) -> str:
@@ -99,7 +124,16 @@ def failures(record: Record) -> list[str]:
     return found
 
 
-def uncompiled(ops: Iterable[str]) -> list[str]:
-    """Files of kernels/triton that no case of bench/gpu reaches."""
-    rooms = {path.stem for path in KERNELS.glob("[a-z]*.py")}
-    return [f"kernels/triton/{room}.py: no case in bench/gpu" for room in sorted(rooms - {*ops})]
+def uncompiled(launched: Iterable[tuple[str, str]]) -> list[str]:
+    """Kernels of kernels/triton that nothing of bench/gpu launches. `launched`: (file, name)."""
+    missing = sorted(aot_paths.defined() - {*launched})
+    return [f"kernels/triton/{room}.py, {name}: no case in bench/gpu" for room, name in missing]
+
+
+def unsorted(kernels: Iterable[tuple[str, str]]) -> list[str]:
+    """Kernels, as (op, name), that are neither in WIDE nor in NARROW, or in both; and entries of none."""
+    wide = [(op, name) for op, of_op in WIDE.items() for name in of_op]
+    known = [*wide, *NARROW]
+    wrong = {*kernels} ^ {*known} | {one for one in known if known.count(one) > 1}
+    want = "want it once, in WIDE or NARROW of bench/aot_gates.py"
+    return [f"{op} {name}: {want}" for op, name in sorted(wrong)]

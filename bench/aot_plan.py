@@ -2,7 +2,7 @@
 
 Every kernel is compiled for every architecture, every dtype, and every row of its tables: a row that no shape takes is
 forced on one, and a row that no launcher can take is a failure. Left out: a shape that takes the row of one before it,
-in dtypes other than the first of its case.
+in dtypes other than the first of its case. Variations come last, each in its one dtype.
 
 A case's launcher runs on "meta" tensors with an architecture's column of the tables; an observer takes each launch and
 says that it is not to run. Arguments are specialised by Triton's own binder (divisible by 16, equal to 1, on AMD within
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import aot_code, gpu
-from bench.gpu import DTYPES, Case
+from bench import aot_code, aot_paths, gpu
+from bench.gpu import DTYPES, Case, Variation
 
 TABLES = Path(__file__).parents[1] / "kernels" / "configs"
 
@@ -43,6 +43,17 @@ class Variant:
     @property
     def name(self) -> str:
         return f"{self.op} {self.kernel} {self.dtype} {self.arch} {', '.join(self.cases)}"
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The constants by name, and which tensors there are, as bench/aot_paths.py asks for them."""
+        found = {}
+        for at, (name, kind) in enumerate(self.signature.items()):
+            value = self.constants.get((at,), aot_paths.TENSOR if kind.startswith("*") else 0)
+            # an integer that happens to be 1 is no constant of the kernel's text
+            if self.function.params[at].is_constexpr or value is None or value is aot_paths.TENSOR:
+                found[name] = value
+        return found
 
     @functools.cached_property
     def types(self) -> str:
@@ -172,7 +183,7 @@ class Tables:
 
 
 def launches(
-    case: Case,
+    case: Case | Variation,
     arch: str,
     dtype: str,
     tables: Tables | None = None,
@@ -213,7 +224,9 @@ class Plan:
             str, set[Place]
         ] = {}  # dtype -> rows that a variant of it was launched with
 
-    def add(self, case: Case, arch: str, dtype: str, tables: Tables, label: str = "") -> None:
+    def add(
+        self, case: Case | Variation, arch: str, dtype: str, tables: Tables, label: str = ""
+    ) -> None:
         """A case's variants. In a dtype that is not its first, one that takes no other rows than those before it adds
         none of a kernel that has one."""
         name = case.name + label
@@ -236,12 +249,13 @@ class Plan:
                 kept.cases.append(name)
 
 
-def _cases(errors: list[str]) -> dict[str, list[Case]]:
+def _cases(errors: list[str]) -> dict[str, list[Case | Variation]]:
     """All by op. A module that cannot be imported is an error of its own and hides no other."""
-    found: dict[str, list[Case]] = {}
+    found: dict[str, list[Case | Variation]] = {}
     for module in sorted(module.name for module in pkgutil.iter_modules(gpu.__path__)):
         try:
-            listed = importlib.import_module(f"bench.gpu.{module}").CASES
+            loaded = importlib.import_module(f"bench.gpu.{module}")
+            listed = [*loaded.CASES, *getattr(loaded, "VARIATIONS", [])]
         except Exception as error:
             errors.append(f"bench/gpu/{module}.py: {error!r}")
             continue
@@ -265,9 +279,11 @@ def plan(
     return list(made.found.values()), made.errors
 
 
-def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> set[str]:
+def _add_op(
+    made: Plan, listed: list[Case | Variation], arch: str, dtypes: Sequence[str]
+) -> set[str]:
     """The variants of an op; the names of the tables that it reads."""
-    tables = Tables()
+    tables, of_op = Tables(), [case for case in listed if isinstance(case, Case)]
     for case in of_op:
         for dtype in _dtypes(case):
             if not dtypes or dtype in dtypes:
@@ -282,6 +298,10 @@ def _add_op(made: Plan, of_op: list[Case], arch: str, dtypes: Sequence[str]) -> 
             f"kernels/configs/{table}.json, {arch}: no case can take row {at}"
             for table, at in tables.untaken(arch)
         ]
+    for variation in listed:
+        # with tables of its own: a row that it alone takes is none that every dtype has been through
+        if isinstance(variation, Variation) and variation.dtype in (dtypes or DTYPES):
+            made.add(variation, arch, variation.dtype, Tables())
     return set(tables.read)
 
 

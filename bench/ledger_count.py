@@ -4,7 +4,7 @@
 - requested: what the programs ask for, again each time, as in bench/traffic.py. A cache serves a part of it.
 
 A Triton kernel is interpreted for a few of its programs, spread over its grid, and what they load and store is scaled
-to all of them; for more where they do not ask for equally many bytes, as attention's do not. The first and the last
+to all of them; for more where they do not ask for about as many bytes, as attention's do not. The first and the last
 program with work show what part of a tensor the launch is about. An operation of torch reads each of its tensors and
 writes each result once; views are nothing. A product of torch is counted and not computed, and asks for what tiles of
 128 x 256, the largest of Hopper's libraries, would load. The same counter takes the engine's kernels, other libraries'
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-PROGRAMS, UNEQUAL = 4, 64  # interpreted a launch; where they do unequal work
+PROGRAMS, UNEQUAL, ENDS = 4, 64, 8  # interpreted a launch; where they do unequal work; at an end of the grid, at most
+EQUAL = 0.01  # the part of its bytes by which a program may differ from another: that of one row's target
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread over 0..1 and in step with no period of a grid
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 # What allocates, looks or renames: no bytes move.
@@ -287,14 +288,14 @@ def _sampling(work: Work) -> Callable[..., None]:
             asked: list[float] = []
             with _watched(builder, launch):
                 for at in _places(total):
-                    if len(asked) == PROGRAMS and len({*asked}) == 1:
+                    if len(asked) == PROGRAMS and max(asked) - min(asked) <= EQUAL * max(asked):
                         break
                     asked.append(run(at))
                 # the ends show what memory is touched; programs there may have no work, or none on some tensor
                 launch.counts = False
                 for ends in range(total), range(total)[::-1]:
                     launch.met.clear()
-                    for at in ends[:UNEQUAL]:
+                    for at in ends[:ENDS]:
                         run(at)
                         if launch.met >= launch.used:
                             break

@@ -10,11 +10,14 @@ launch read and wrote each byte of a tensor once, *requested* as the programs as
 as tiles of 128 x 256 would). The time is the floor of an H100 SXM: the largest of memory / 3.35 TB/s, FLOPs / 990
 TFLOP/s (67 in float32), exponentials / 4.2 T/s and 3 us a launch. Registers, stack, spilling instructions in loops,
 shared memory and occupancy are what ptxas made for sm_90, the worst of a call's kernels. torch.compile: bytes as
-inductor's scheduler groups the eager work. Shapes are full ones: SmolLM2-135M's, and where named Llama-8B's.
+inductor's scheduler groups the eager work. Shapes are full ones: SmolLM2-135M's, and where named Llama-8B's. The price
+of an exact product (`--exact_logprobs`) lies in what it requests: its tiles are smaller than a library's, its floor is
+the same.
 """
 
 # Ops of which the engine is to move the fewest bytes of all that do the whole work.
 BAR = ("linear_logprob", "ppo_policy_loss", "ppo_value_loss", "kl_reward_gae")
+SIZES = ("24 GB", "80 GB", "8 x 80 GB")  # of what a plan's row says whether it fits
 
 
 def number(value: float) -> str:
@@ -26,7 +29,7 @@ def number(value: float) -> str:
 
 def _cells(row: Row) -> list[str]:
     if "memory" not in row:
-        return [row["by"], *["–"] * 4, f"cannot: {row.get('refused', '')[:60].strip()}", *["–"] * 4]
+        return [row["by"], *["–"] * 5, f"cannot: {row.get('refused', '')[:60].strip()}", *["–"] * 4]
     code = "–"
     if "registers" in row:
         numbers = [str(row[name]) for name in ("registers", "stack", "local_in_loop", "shared")]
@@ -35,6 +38,7 @@ def _cells(row: Row) -> list[str]:
     return [
         name,
         number(row["memory"]),
+        f"{row['memory'] / row['compulsory']:.2f}" if row["compulsory"] else "–",
         f"{row['bytes_to_engine']:.2f}" if "bytes_to_engine" in row else "–",
         number(row["requested"]),
         number(row["flops"]),
@@ -47,7 +51,7 @@ def _cells(row: Row) -> list[str]:
 
 
 COLUMNS = [
-    "by", "memory, B", "to engine", "requested, B", "FLOPs", "launches",
+    "by", "memory, B", "to compulsory", "to engine", "requested, B", "FLOPs", "launches",
     "registers / stack / spills in loops / shared / occupancy", "ms at least", "bound by", "to engine",
 ]  # fmt: skip
 
@@ -101,8 +105,9 @@ def _whole_calls(rows: list[Row]) -> str:
                 body.append([op, shape or "–", by, number(total), ratio, lacks[op, by] or "–"])
     text = (
         "## Forward and backward together: predicted, not measured\n\n"
-        "Memory over all phases of a call. What moves fewer bytes than the engine lacks what its last column says;"
-        " gradients in bfloat16 save 2 (N + V) H bytes of what the engine writes.\n\n"
+        "Memory over all phases of a call. The engine moves the fewest bytes of all that do the whole work. What moves"
+        " fewer lacks what its last column says: cut-cross-entropy never writes the gradients of the logits, but adds"
+        " to its results under locks, in another order at each run, and has no entropy.\n\n"
     )
     return text + _table(["op", "shape", "by", "memory, B", "to engine", "lacks"], body)
 
@@ -118,15 +123,14 @@ def _plan(rows: list[Row]) -> str:
     head = [
         "policy, reward and value",
         *[f"{p}, GB" for p in phases],
-        "24 GB",
-        "80 GB",
-        "8 x 80 GB, sharded",
+        *SIZES[:2],
+        f"{SIZES[2]}, sharded",
     ]
     body = [
         [
             f"{row['policy']}, {row['reward and value']}",
             *[f"{row['memory_gb'][p]:.1f}" for p in phases],
-            *row["fits"].values(),
+            *(row["fits"][size] for size in SIZES),
         ]
         for row in rows
     ]

@@ -1,9 +1,28 @@
-"""One PPO-ptx step from golden logits to golden losses and gradients, through the public ops."""
+"""One PPO-ptx step from golden logits to golden losses, gradients and the optimizer's step, through the public ops."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine import ops
+from engine.kernels.adamw import adamw_step, bias_corrections, grad_norm
+
+PRECISIONS = {"float64": (torch.float64, 1e-10, 1e-12), "float32": (torch.float32, 2e-5, 2e-6)}
+POLICY_STATS = {
+    "clipfrac": "clipfrac",
+    "approxkl": "approx_kl_k2",
+    "approxkl_k1": "approx_kl_k1",
+    "approxkl_k3": "approx_kl_k3",
+    "ratio_mean": "ratio_mean",
+}
+LR, BETAS, EPS = (
+    0.5,
+    (0.9, 0.95),
+    0.1,
+)  # an eps of the gradients' size: a step shows theirs, not only their signs
 
 
 @pytest.fixture
@@ -12,81 +31,162 @@ def case(golden):
     return case
 
 
-PRECISIONS = {"float64": (torch.float64, 1e-10, 1e-12), "float32": (torch.float32, 2e-5, 2e-6)}
-
-
-@pytest.fixture(params=PRECISIONS.values(), ids=PRECISIONS.keys())
+@pytest.fixture(params=PRECISIONS)
 def precision(request):
     return request.param
 
 
-def logprobs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Golden:
+    """The case in one precision on one device: its inputs packed, and results to compare with."""
+
+    given: dict[str, Any]
+    want: dict[str, Any]
+    precision: str
+    device: Any
+
+    def tensor(self, values: Any, kind: torch.dtype | None = None) -> Tensor:
+        return torch.tensor(values, dtype=kind or PRECISIONS[self.precision][0], device=self.device)
+
+    def packed(self, name: str, mask: str = "mask", kind: torch.dtype | None = None) -> Tensor:
+        return ops.pack(self.tensor(self.given[name], kind), self.tensor(self.given[mask]))[0]
+
+    def tokens(self, name: str, mask: str = "mask") -> Tensor:
+        return self.packed(name, mask, torch.int64)
+
+    @property
+    def offsets(self) -> Tensor:  # (B+1,) int32
+        mask = self.tensor(self.given["mask"])
+        return ops.pack(mask, mask)[1]
+
+    def close(
+        self, ours: Tensor, want: Any, name: str, mask: str = "mask", scale: float = 1.0
+    ) -> None:
+        """`want` is a number, or padded as `mask` is; tolerances are those that golden.json states."""
+        dtype, rtol, atol = PRECISIONS[self.precision]
+        expected = self.tensor(want)
+        if expected.dim():
+            expected = ops.pack(expected, self.tensor(self.given[mask]))[0]
+        torch.testing.assert_close(
+            ours.detach().to(dtype),
+            expected,
+            rtol=rtol,
+            atol=scale * atol,
+            msg=f"{name}: {{}}".format,
+        )
+
+
+def logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of (N, V) logits, through the op with an identity as weight."""
-    weight = torch.eye(logits.shape[1], dtype=logits.dtype)
+    weight = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     return ops.linear_logprob(logits, weight, labels)
 
 
-def test_full_step(case, precision):
-    dtype, rtol, atol = precision
-    given, want = case["inputs"], case["outputs"]
-    mask = torch.tensor(given["mask"])
-    real = mask.bool()
-
-    def pack(name, kind=dtype):
-        return ops.pack(torch.tensor(given[name], dtype=kind), mask)[0]
-
-    def close(ours, theirs, name):
-        expected = torch.as_tensor(theirs, dtype=dtype)
-        if expected.shape[:2] == mask.shape:
-            expected = expected[real]
-        torch.testing.assert_close(
-            ours.detach().to(dtype), expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}"
-        )
-
-    actions, cu = ops.pack(torch.tensor(given["actions"]), mask)
-    new_logits = pack("logits_new").requires_grad_()
-    value = pack("values_new").requires_grad_()
-    old, _ = logprobs(pack("logits_old"), actions)
-    ref, _ = logprobs(pack("logits_ref"), actions)
+def check_logprobs(golden: Golden, new_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """New, old and the reference's."""
+    actions, want = golden.tokens("actions"), golden.want
+    old, _ = logprobs(golden.packed("logits_old"), actions)
+    ref, _ = logprobs(golden.packed("logits_ref"), actions)
     new, entropy = logprobs(new_logits, actions)
-    close(old, want["logprob_old"], "logprob_old")
-    close(ref, want["logprob_ref"], "logprob_ref")
-    close(new, want["logprob_new"], "logprob_new")
-    close(entropy.mean(), want["entropy_new_masked_mean"], "entropy")
+    for ours, name in ((old, "logprob_old"), (ref, "logprob_ref"), (new, "logprob_new")):
+        golden.close(ours, want[name], name)
+    golden.close(entropy, want["entropy_new"], "entropy")
+    golden.close(entropy.mean(), want["entropy_new_masked_mean"], "mean entropy")
+    return new, old, ref
 
-    score = torch.tensor(given["raw_scores"], dtype=dtype) + given["rm_bias"]
+
+def check_advantages(golden: Golden, old: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
+    """Whitened advantages, and returns."""
+    given, want, cu = golden.given, golden.want, golden.offsets
+    score = golden.tensor(given["raw_scores"]) + given["rm_bias"]
     reward, kl = ops.kl_reward(old, ref, score, cu, given["beta"])
-    close(kl, want["kl_per_token"], "kl")
-    close(reward, want["rewards"], "rewards")
-    advantage, returns = ops.gae(reward, pack("values_old"), cu, given["gamma"], given["lam"])
-    close(advantage, want["advantages"], "advantages")
-    close(returns, want["returns"], "returns")
+    golden.close(kl, want["kl_per_token"], "kl")
+    golden.close(reward, want["rewards"], "rewards")
+    values = golden.packed("values_old")
+    advantage, returns = ops.gae(reward, values, cu, given["gamma"], given["lam"])
+    golden.close(advantage, want["advantages"], "advantages")
+    golden.close(returns, want["returns"], "returns")
     whitened = ops.whiten(advantage)
-    close(whitened, want["advantages_whitened"], "advantages_whitened")
+    golden.close(whitened, want["advantages_whitened"], "advantages_whitened")
+    return whitened, returns
 
-    policy_loss, stats = ops.ppo_policy_loss(new, old, whitened, given["clip"])
-    old_value, value_clip = pack("values_old"), given["value_clip"]
-    value_loss, value_stats = ops.ppo_value_loss(value, old_value, returns, value_clip)
-    close(policy_loss, want["policy"]["loss"], "policy loss")
-    close(stats["clipfrac"], want["policy"]["clipfrac"], "clipfrac")
-    close(value_loss, want["value"]["loss"], "value loss")
-    close(value_stats["clipfrac"], want["value"]["clipfrac"], "value clipfrac")
 
-    ptx_mask = torch.tensor(given["ptx_mask"])
-    ptx_logits, _ = ops.pack(torch.tensor(given["ptx_logits"], dtype=dtype), ptx_mask)
-    ptx_logits.requires_grad_()
-    ptx_labels, _ = ops.pack(torch.tensor(given["ptx_labels"]), ptx_mask)
-    ptx_loss = -logprobs(ptx_logits, ptx_labels)[0].mean()
-    total = policy_loss + given["ptx_coef"] * ptx_loss
-    close(ptx_loss, want["ptx_loss"], "ptx loss")
-    close(total, want["policy_model_total_loss"], "total loss")
+def check_policy_loss(golden: Golden, new: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+    want = golden.want["policy"]
+    new.retain_grad()
+    loss, stats = ops.ppo_policy_loss(new, old, advantage, golden.given["clip"])
+    golden.close(loss, want["loss"], "policy loss")
+    for name, theirs in POLICY_STATS.items():
+        golden.close(stats[name], want[theirs], name)
+    return loss
+
+
+def check_value_loss(golden: Golden, value: Tensor, returns: Tensor) -> Tensor:
+    want, clip = golden.want["value"], golden.given["value_clip"]
+    loss, stats = ops.ppo_value_loss(value, golden.packed("values_old"), returns, clip)
+    golden.close(loss, want["loss"], "value loss")
+    golden.close(stats["clipfrac"], want["clipfrac"], "value clipfrac")
+    return loss
+
+
+def check_steps(golden: Golden, leaves: dict[str, tuple[Tensor, Any, str]]) -> None:
+    """The norm of each part's gradient, and Adam's first step, w - lr g / (|g| + eps), by golden gradients."""
+    dtype = PRECISIONS[golden.precision][0]
+    for name, (leaf, gradient, mask) in leaves.items():
+        wide = golden.tensor(gradient, torch.float64)
+        wide = ops.pack(wide, golden.tensor(golden.given[mask]))[0]
+        golden.close(grad_norm([leaf.grad]), float(wide.norm()), f"norm of {name}")
+        state = [
+            leaf.detach().clone(),
+            *(torch.zeros_like(leaf, requires_grad=False) for _ in range(2)),
+        ]
+        corrections = bias_corrections(*BETAS, 1)
+        adamw_step(state[0], leaf.grad, *state[1:], None, None, LR, *BETAS, EPS, 0.0, *corrections)
+        moved = LR * wide / (wide.abs() + EPS)
+        _, rtol, atol = PRECISIONS[golden.precision]
+        close = {"rtol": 10 * rtol, "atol": atol, "msg": f"step of {name}: {{}}".format}
+        torch.testing.assert_close(leaf.detach() - state[0], moved.to(dtype), **close)
+
+
+def check_full_step(case: dict[str, Any], precision: str, device: Any = "cpu") -> None:
+    golden = Golden(case["inputs"], case["outputs"], precision, device)
+    want, coefficient = golden.want, golden.given["ptx_coef"]
+    new_logits, value = (
+        golden.packed(name).requires_grad_() for name in ("logits_new", "values_new")
+    )
+    ptx_logits = golden.packed("ptx_logits", "ptx_mask").requires_grad_()
+
+    new, old, ref = check_logprobs(golden, new_logits)
+    advantage, returns = check_advantages(golden, old, ref)
+    policy_loss = check_policy_loss(golden, new, old, advantage)
+    value_loss = check_value_loss(golden, value, returns)
+    ptx_loss = -logprobs(ptx_logits, golden.tokens("ptx_labels", "ptx_mask"))[0].mean()
+    total = policy_loss + coefficient * ptx_loss
+    golden.close(ptx_loss, want["ptx_loss"], "ptx loss")
+    golden.close(total, want["policy_model_total_loss"], "total loss")
 
     total.backward()
     value_loss.backward()
-    close(new_logits.grad, want["grad_logits_new"], "grad_logits_new")
-    close(value.grad, want["value"]["grad_v_new"], "grad_v_new")
-    expected = torch.tensor(want["grad_ptx_logits"], dtype=dtype)[ptx_mask.bool()]
-    torch.testing.assert_close(ptx_logits.grad, expected, rtol=rtol, atol=given["ptx_coef"] * atol)
+    golden.close(new.grad, want["policy"]["grad_logprob_new"], "grad_logprob_new")
+    golden.close(new_logits.grad, want["grad_logits_new"], "grad_logits_new")
+    golden.close(value.grad, want["value"]["grad_v_new"], "grad_v_new")
+    golden.close(
+        ptx_logits.grad, want["grad_ptx_logits"], "grad_ptx_logits", "ptx_mask", coefficient
+    )
+    leaves = {
+        "policy": (new_logits, want["grad_logits_new"], "mask"),
+        "value": (value, want["value"]["grad_v_new"], "mask"),
+        "ptx": (ptx_logits, want["grad_ptx_logits"], "ptx_mask"),
+    }
+    check_steps(golden, leaves)
+
+
+def test_full_step(case, precision):
+    check_full_step(case, precision)
+
+
+def test_full_step_on_every_class(case, cpu_class):
+    check_full_step(case, "float32")
 
 
 def test_reported_objectives(case):

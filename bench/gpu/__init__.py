@@ -1,7 +1,8 @@
 """The work that each Triton kernel is measured on: `bench/gpu/<op>.py` has CASES, one list for everything.
 
 Compiling ahead of time, counting traffic, the ledger, tuning and `make gpu-check` all read these lists, so that a
-kernel is compiled, counted and timed on the same shapes. Importing them needs no triton and no GPU.
+kernel is compiled, counted and timed on the same shapes. VARIATIONS are the other ways through its kernels, which are
+compiled only: their time would say little that a case's does not. Importing both needs no triton and no GPU.
 """
 
 import importlib
@@ -39,7 +40,33 @@ class Case:
     why: str = ""  # where most_traffic is above 1.05
 
 
+@dataclass(frozen=True)
+class Variation:
+    """A call that takes another way through an op's kernels than its cases do: compiled ahead of time in one dtype and
+    held to the gates. What it has in common with a Case has its meaning there."""
+
+    op: str
+    name: str
+    make: Callable[..., tuple[Any, ...]]
+    run: Callable[..., Any]
+    full: dict[str, int]
+    dtype: str = "bfloat16"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return (self.dtype,)
+
+
+def _modules() -> list[Any]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return [importlib.import_module(f"bench.gpu.{name}") for name in names]
+
+
 def cases() -> list[Case]:
     """All, by op."""
-    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return [case for name in modules for case in importlib.import_module(f"bench.gpu.{name}").CASES]
+    return [case for module in _modules() for case in module.CASES]
+
+
+def variations() -> list[Variation]:
+    """All, by op; an op whose cases go every way has none."""
+    return [one for module in _modules() for one in getattr(module, "VARIATIONS", [])]

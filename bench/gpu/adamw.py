@@ -4,7 +4,7 @@ writes the copy in the case's dtype, and reads and writes the average where ther
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 from engine.kernels.adamw import SQUARES
 
 NUMBERS = (1e-5, 0.9, 0.95, 1e-5, 0.0, 0.1, 0.2236)  # lr ... bias_correction2_sqrt
@@ -21,6 +21,12 @@ def step(*tensors: Tensor) -> object:
     from engine.kernels.triton.adamw import adamw_step
 
     return adamw_step(*tensors[:6], *NUMBERS, 1.0, tensors[6], 0.992)
+
+
+def plain_step(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> object:
+    from engine.kernels.triton.adamw import adamw_step
+
+    return adamw_step(master, grad, exp_avg, exp_avg_sq, None, None, *NUMBERS, 1.0, None, 0.0)
 
 
 def make_gradient(device: str, dtype: torch.dtype, n: int) -> tuple[Tensor]:
@@ -60,4 +66,13 @@ CASES = [
         bytes=lambda size, n: size * n + 16 * -(-n // SQUARES) + 8,
     )
     for name, n in (("norm", SMOLLM2), ("norm, Llama-8B", LLAMA))
+]
+VARIATIONS = [
+    Variation(
+        "adamw",
+        "step without a copy or a clip on the device",
+        lambda device, dtype, n: make(device, dtype, n, 0)[:4],
+        plain_step,
+        {"n": SMOLLM2},
+    )
 ]

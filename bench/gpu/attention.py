@@ -8,7 +8,7 @@ backward (which makes the scores again); exponentials: one a pair, in the backwa
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 
 def qkv(device: str, dtype: torch.dtype, N: int, HQ: int, HK: int, D: int) -> list[Tensor]:  # noqa: N803
@@ -133,4 +133,9 @@ CASES = [
     ),
     case("forward", "9B, 256 channels", {"S": 4, "T": 2048, **GEMMA}, {"S": 2, "T": 60, **WIDE}, 2.2),
     case("backward", "9B, 256 channels", {"S": 4, "T": 2048, **GEMMA}, {"S": 2, "T": 60, **WIDE}, 2.8),
+]
+PHI = {"HQ": 32, "HK": 32, "D": 80}  # Phi-2 and Pythia-2.8B: no power of two
+VARIATIONS = [
+    Variation("attention", f"{name}, 80 channels", build, run, {"S": 8, "T": 2048, **PHI})
+    for name, build, run in (("forward", make, forward), ("backward", make_backward, backward))
 ]

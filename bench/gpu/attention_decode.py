@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 from engine.kernels.attention_decode import PAGE, page_shapes
 
 
@@ -23,6 +23,12 @@ def make(
     )
     table = torch.arange(R * width, dtype=torch.int32, device=device).view(R, width)
     return q, k_pages, v_pages, table, torch.full((R,), T, dtype=torch.int32, device=device)
+
+
+def make_wide(device: str, dtype: torch.dtype, **shape: int) -> tuple[Tensor, ...]:
+    """float32 queries over pages of the dtype."""
+    q, *others = make(device, dtype, **shape)
+    return q.float(), *others
 
 
 def run(*arguments: Tensor) -> object:
@@ -52,4 +58,9 @@ CASES = [
         ("135M", {"R": 64, "T": 512, "HQ": 9, "HK": 3, "D": 64}),
         ("8B", {"R": 64, "T": 2048, "HQ": 32, "HK": 8, "D": 128}),
     )
+]
+PHI = {"R": 64, "T": 2048, "HQ": 32, "HK": 32, "D": 80}  # Phi-2: no power of two
+VARIATIONS = [
+    Variation("attention_decode", "80 channels", make, run, PHI),
+    Variation("attention_decode", "80 channels, float32 queries", make_wide, run, PHI),
 ]

@@ -1,9 +1,11 @@
 """kl_reward: two vectors in and two out forward, four in and two out backward; scores and offsets beside them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 # A PPO batch: 512 answers of 256 tokens. The cases of the other ops on packed tokens have the same.
 FULL, SMALL = {"S": 512, "T": 256}, {"S": 4, "T": 151}
@@ -27,16 +29,22 @@ def make_backward(device: str, dtype: torch.dtype, S: int, T: int) -> tuple[Tens
     return (*tokens(device, dtype, 4, S, T), segments(device, S, T))
 
 
-def forward(logprob: Tensor, ref_logprob: Tensor, score: Tensor, cu: Tensor) -> object:
-    from engine.kernels.triton.kl_reward import kl_reward
+def forward(estimator: int, after_end: bool = False) -> Callable[..., object]:
+    def run(*given: Tensor) -> object:
+        from engine.kernels.triton.kl_reward import kl_reward
 
-    return kl_reward(logprob, ref_logprob, score, cu, 0.02, 2, False)
+        return kl_reward(*given, 0.02, estimator, after_end)
+
+    return run
 
 
-def backward(*given: Tensor) -> object:
-    from engine.kernels.triton.kl_reward import kl_reward_backward
+def backward(estimator: int, after_end: bool = False) -> Callable[..., object]:
+    def run(*given: Tensor) -> object:
+        from engine.kernels.triton.kl_reward import kl_reward_backward
 
-    return kl_reward_backward(*given, 0.02, 2, False)
+        return kl_reward_backward(*given, 0.02, estimator, after_end)
+
+    return run
 
 
 CASES = [
@@ -44,7 +52,7 @@ CASES = [
         "kl_reward",
         "forward, k3",
         make,
-        forward,
+        forward(2),
         FULL,
         SMALL,
         bytes=lambda size, S, T: size * (4 * S * T + S) + 4 * (S + 1),
@@ -54,10 +62,19 @@ CASES = [
         "kl_reward",
         "backward, k3",
         make_backward,
-        backward,
+        backward(2),
         FULL,
         SMALL,
         bytes=lambda size, S, T: size * (6 * S * T + S) + 4 * (S + 1),
         exponentials=lambda size, S, T: S * T,
     ),
+]
+VARIATIONS = [
+    Variation("kl_reward", f"{name}, {said}", build, run(estimator, after_end), FULL)
+    for said, estimator, after_end in (
+        ("k1", 0, False),
+        ("k2", 1, False),
+        ("k3, paid after the end", 2, True),
+    )
+    for name, build, run in (("forward", make, forward), ("backward", make_backward, backward))
 ]

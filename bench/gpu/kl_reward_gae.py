@@ -1,9 +1,11 @@
 """kl_reward_gae: three vectors in and four out; a score, a bootstrap value and an offset a segment beside them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 from bench.gpu.kl_reward import FULL, SMALL, segments, tokens
 
 
@@ -13,10 +15,13 @@ def make(device: str, dtype: torch.dtype, S: int, T: int) -> tuple[Tensor, ...]:
     return logprob, ref_logprob, score, value, segments(device, S, T), bootstrap
 
 
-def forward(*given: Tensor) -> object:
-    from engine.kernels.triton.kl_reward_gae import kl_reward_gae
+def forward(estimator: int) -> Callable[..., object]:
+    def run(*given: Tensor) -> object:
+        from engine.kernels.triton.kl_reward_gae import kl_reward_gae
 
-    return kl_reward_gae(*given, 0.02, 1.0, 0.95, 0)
+        return kl_reward_gae(*given, 0.02, 1.0, 0.95, estimator)
+
+    return run
 
 
 CASES = [
@@ -24,9 +29,13 @@ CASES = [
         "kl_reward_gae",
         "forward, k1",
         make,
-        forward,
+        forward(0),
         FULL,
         SMALL,
         bytes=lambda size, S, T: size * (7 * S * T + 2 * S) + 4 * (S + 1),
     ),
+]
+VARIATIONS = [
+    Variation("kl_reward_gae", f"forward, k{estimator + 1}", make, forward(estimator), FULL)
+    for estimator in (1, 2)
 ]

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 EPS = 1e-5
 # GPT-2's width, one of 4096, and rows that no program holds in the backward
 GPT2, LARGE, WIDE = {"N": 8192, "H": 768}, {"N": 8192, "H": 4096}, {"N": 2048, "H": 16384}
 # one for each of the widths that the tables tell apart
 MIDDLE, LARGEST = {"N": 8192, "H": 2048}, {"N": 4096, "H": 8192}
+UNEVEN = {"N": 2048, "H": 8208}  # fills no block of columns
 SMALL, SMALL_WIDE = {"N": 48, "H": 768}, {"N": 2, "H": 8208}
 WEIGHT = "each program reads weight and bias anew, from a cache"
 PARTS = (
@@ -49,6 +50,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> object:
     from engine.kernels.triton.layernorm import layernorm
 
     return layernorm(x, weight, bias, EPS, out.dtype)
+
+
+def forward_without_bias(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> object:
+    from engine.kernels.triton.layernorm import layernorm
+
+    return layernorm(x, weight, None, EPS, out.dtype)
 
 
 def backward(*arguments: Tensor) -> object:
@@ -137,5 +144,11 @@ CASES = [
         bytes=lambda size, N, H: (12 + size + narrow(size)) * N * H + 8 * N + 12 * H,
         most_traffic=1.4,
         why=PARTS,
+    ),
+]
+VARIATIONS = [
+    Variation("layernorm", "forward without bias", make, forward_without_bias, GPT2),
+    Variation(
+        "layernorm", "residual, backward, H 8208", make_residual_backward, residual_backward, UNEVEN
     ),
 ]

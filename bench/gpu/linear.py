@@ -6,7 +6,7 @@ x is read once a column of tiles and the weight once a row of tiles; caches serv
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 
 def make(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> tuple[Tensor, Tensor]:
@@ -18,6 +18,17 @@ def forward(x: Tensor, weight: Tensor) -> object:
     from engine.kernels.triton.linear import exact_product
 
     return exact_product(x, weight, None, x.dtype)
+
+
+def make_biased(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> tuple[Tensor, ...]:
+    return *make(device, dtype, M, N, K), torch.randn(N, device=device)
+
+
+def biased(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+    """Into the residual stream, which is float32."""
+    from engine.kernels.triton.linear import exact_product
+
+    return exact_product(x, weight, bias, torch.float32)
 
 
 SMALL = {"M": 64, "N": 192, "K": 96}  # one row of tiles, three columns
@@ -40,4 +51,8 @@ CASES = [
         why="x is read once a column of tiles: three times on the small shape, (3 M K + N K + M N) / (M K + N K + M N)",
     )
     for name, full in SIZES.items()
+]
+VARIATIONS = [
+    Variation("linear", "exact, bias", make_biased, biased, {"M": 8192, "N": 768, "K": 3072}),
+    Variation("linear", "exact, uneven depth", make, forward, {"M": 8192, "N": 1536, "K": 1040}),
 ]

@@ -7,7 +7,7 @@ library's two products with it (4 N H V), whose own traffic is not counted.
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 TEMPERATURE = 0.7
 
@@ -48,6 +48,37 @@ def backward(
     )
 
 
+def make_biased(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tuple[Tensor, ...]:
+    return *make(device, dtype, N, V, H), torch.randn(V, device=device)
+
+
+def make_biased_backward(device: str, dtype: torch.dtype, **shape: int) -> tuple[Tensor, ...]:
+    return *make_backward(device, dtype, **shape), make_biased(device, dtype, **shape)[-1]
+
+
+def biased(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> object:
+    from engine.kernels.triton.linear_logprob import linear_logprob
+
+    return linear_logprob(hidden, weight, weight[:0], targets, TEMPERATURE, bias, None)
+
+
+def biased_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    bias: Tensor,
+) -> object:
+    from engine.kernels.triton.linear_logprob import linear_logprob_backward
+
+    grads, results = (log_sum, entropy), (row_max, log_sum, entropy)
+    return linear_logprob_backward(
+        *grads, hidden, weight, weight[:0], targets, TEMPERATURE, bias, *results, True, True, True
+    )
+
+
 def compulsory(size: int, N: int, V: int, H: int) -> float:
     """Hidden states, weight and targets in; logprob, entropy, row_max, log_sum out."""
     return size * (N * H + V * H) + 8 * N + 16 * N
@@ -68,11 +99,12 @@ def exponentials(size: int, N: int, V: int, H: int) -> float:
 
 SMOLLM2 = {"N": 8192, "V": 49152, "H": 576}
 LLAMA_8B = {"N": 2048, "V": 128256, "H": 4096}
+UNEVEN = {"N": 8192, "V": 50257, "H": 1000}  # GPT-2's vocabulary: fills no tile, nor does H
 SMALL, SMALLER = {"N": 30, "V": 600, "H": 576}, {"N": 30, "V": 300, "H": 256}
 WHY = (
     "each tile loads its hidden states and its rows of the weight: N V H size (1 / BLOCK_M + 1 / BLOCK_N) bytes in all,"
     " of which the second cache serves all but the compulsory ones while ROWS hidden states fit it; forward, 3 numbers"
-    " a row and tile are stored and loaded, 24 N V / BLOCK_N bytes"
+    " a row and tile (a vocabulary above 65,536: a row and 16 tiles) are stored and loaded, 24 N V / BLOCK_N bytes"
 )
 
 
@@ -100,4 +132,10 @@ CASES = [
     _case(f"{name}{of}", full, small)
     for of, full, small in (("", SMOLLM2, SMALL), (", Llama-8B", LLAMA_8B, SMALLER))
     for name in ("forward", "backward")
+]
+VARIATIONS = [
+    Variation("linear_logprob", "forward, bias, uneven", make_biased, biased, UNEVEN),
+    Variation(
+        "linear_logprob", "backward, bias, uneven", make_biased_backward, biased_backward, UNEVEN
+    ),
 ]

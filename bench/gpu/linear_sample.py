@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
-from bench.gpu.linear_logprob import exponentials, product
+from bench.gpu import Case, Variation
+from bench.gpu.linear_logprob import UNEVEN, exponentials, product
 
 
 def make(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tuple[Tensor, ...]:
@@ -13,10 +13,14 @@ def make(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tuple[Tenso
     return hidden, weight, torch.rand(N, dtype=torch.float64, device=device)
 
 
-def run(hidden: Tensor, weight: Tensor, uniform: Tensor) -> object:
+def make_biased(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tuple[Tensor, ...]:
+    return *make(device, dtype, N, V, H), torch.randn(V, device=device)
+
+
+def run(hidden: Tensor, weight: Tensor, uniform: Tensor, bias: Tensor | None = None) -> object:
     from engine.kernels.triton.linear_sample import linear_sample
 
-    return linear_sample(hidden, weight, weight.new_empty(0, dtype=torch.uint8), uniform, 0.7, None)
+    return linear_sample(hidden, weight, weight.new_empty(0, dtype=torch.uint8), uniform, 0.7, bias)
 
 
 def compulsory(size: int, N: int, V: int, H: int) -> float:
@@ -43,4 +47,7 @@ CASES = [
         ("", {"N": 64, "V": 49152, "H": 576}, {"N": 3, "V": 1500, "H": 576}),
         (", Llama-8B", {"N": 64, "V": 128256, "H": 4096}, {"N": 1, "V": 600, "H": 256}),
     )
+]
+VARIATIONS = [
+    Variation("linear_sample", "sample, bias, uneven", make_biased, run, {**UNEVEN, "N": 64})
 ]

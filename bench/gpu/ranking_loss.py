@@ -1,9 +1,11 @@
 """ranking_loss: S prompts of K answers; a score and a rank (float64) in and a gradient out an answer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 from bench.gpu.kl_reward import segments
 
 
@@ -13,19 +15,23 @@ def make(device: str, dtype: torch.dtype, S: int, K: int) -> tuple[Tensor, ...]:
     return score, rank, segments(device, S, K)
 
 
-def forward(score: Tensor, rank: Tensor, cu: Tensor) -> object:
-    from engine.kernels.triton.ranking_loss import ranking_loss
+def forward(reduction: int) -> Callable[..., object]:
+    def run(score: Tensor, rank: Tensor, cu: Tensor) -> object:
+        from engine.kernels.triton.ranking_loss import ranking_loss
 
-    return ranking_loss(score, rank, cu, 0, None)
+        return ranking_loss(score, rank, cu, reduction, None)
+
+    return run
 
 
+FULL = {"S": 64, "K": 9}
 CASES = [
     Case(
         "ranking_loss",
         "loss and gradient",
         make,
-        forward,
-        {"S": 64, "K": 9},
+        forward(0),
+        FULL,
         {"S": 5, "K": 9},
         bytes=lambda size, S, K: S * K * (2 * size + 8) + 4 * (S + 1) + size + 16,
         exponentials=lambda size, S, K: S * K * K,
@@ -34,4 +40,8 @@ CASES = [
         why="a few KB in all: a tile's rows and columns are read apart, and the gradient, whose divisor is known only"
         " after all prompts, lies in memory in between",
     ),
+]
+VARIATIONS = [
+    Variation("ranking_loss", name, make, forward(reduction), FULL, dtype="float32")
+    for name, reduction in (("mean over all pairs of a prompt", 1), ("mean over pairs", 2))
 ]

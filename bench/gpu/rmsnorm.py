@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 EPS = 1e-5
 # SmolLM2-135M, Llama-8B, and rows that no program holds in the backward
 SMOL, LLAMA, WIDE = {"N": 8192, "H": 576}, {"N": 8192, "H": 4096}, {"N": 2048, "H": 16384}
 # one for each of the widths that the tables tell apart
 MIDDLE, LARGEST = {"N": 8192, "H": 2048}, {"N": 4096, "H": 8192}
+UNEVEN = {"N": 2048, "H": 8208}  # fills no block of columns
 SMALL, SMALL_WIDE = {"N": 48, "H": 576}, {"N": 2, "H": 8208}
 WEIGHT = "each program reads the weight anew, from a cache"
 PARTS = WEIGHT + "; partial sums of d weight are written and read, at most 256 rows of them"
@@ -135,5 +136,11 @@ CASES = [
         bytes=lambda size, N, H: (12 + size + narrow(size)) * N * H + 4 * N + 8 * H,
         most_traffic=1.4,
         why=PARTS,
+    ),
+]
+VARIATIONS = [
+    Variation("rmsnorm", "residual, forward, H 4096", make_residual, residual_forward, LLAMA),
+    Variation(
+        "rmsnorm", "residual, backward, H 8208", make_residual_backward, residual_backward, UNEVEN
     ),
 ]

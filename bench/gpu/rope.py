@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 
 PAGE = 16
 SMOL = {"N": 8192, "heads": 9, "key_heads": 3, "D": 64}
@@ -31,10 +31,27 @@ def make_write(
     return q, k, v, positions, table, k_pages, v_pages, torch.arange(N, device=device)
 
 
+def make_part(device: str, dtype: torch.dtype, ROT: int, **shape: int) -> tuple[Tensor, ...]:
+    """Where ROT channels of each head are rotated."""
+    x, positions, table = make(device, dtype, **shape)
+    return x, positions, table[:, :ROT].contiguous()
+
+
+def make_part_write(device: str, dtype: torch.dtype, ROT: int, **shape: int) -> tuple[Tensor, ...]:
+    q, k, v, positions, table, *pages = make_write(device, dtype, **shape)
+    return q, k, v, positions, table[:, :ROT].contiguous(), *pages
+
+
 def rotate(x: Tensor, positions: Tensor, table: Tensor) -> object:
     from engine.kernels.triton.rope import rope
 
     return rope(x, positions, table, False)
+
+
+def rotate_back(x: Tensor, positions: Tensor, table: Tensor) -> object:
+    from engine.kernels.triton.rope import rope
+
+    return rope(x, positions, table, True)
 
 
 def rotate_and_write(*arguments: Tensor) -> object:
@@ -61,4 +78,10 @@ CASES = [
         ("and write, D 128", LLAMA),
         ("and write, D 128, 64 rows", DECODE),
     )
+]
+NEOX = {"N": 8192, "heads": 64, "key_heads": 64, "D": 96, "ROT": 24}  # GPT-NeoX-20B
+VARIATIONS = [
+    Variation("rope", "backward, D 128", make, rotate_back, LLAMA),
+    Variation("rope", "24 of 96 channels", make_part, rotate, NEOX),
+    Variation("rope", "and write, 24 of 96 channels", make_part_write, rotate_and_write, NEOX),
 ]

@@ -1,9 +1,11 @@
 """whiten: a vector in and one out forward, two in and one out backward."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
+from bench.gpu import Case, Variation
 from bench.gpu.kl_reward import FULL, SMALL, tokens
 
 
@@ -15,16 +17,16 @@ def make_backward(device: str, dtype: torch.dtype, S: int, T: int) -> tuple[Tens
     return tokens(device, dtype, 2, S, T)
 
 
-def forward(x: Tensor) -> object:
+def forward(x: Tensor, shift_mean: bool = True) -> object:
     from engine.kernels.triton.whiten import whiten
 
-    return whiten(x, True)
+    return whiten(x, shift_mean)
 
 
-def backward(grad: Tensor, x: Tensor) -> object:
+def backward(grad: Tensor, x: Tensor, shift_mean: bool = True) -> object:
     from engine.kernels.triton.whiten import whiten_backward
 
-    return whiten_backward(grad, x, True)
+    return whiten_backward(grad, x, shift_mean)
 
 
 CASES = [
@@ -50,4 +52,8 @@ CASES = [
         most_traffic=1.8,
         why="tokens and gradients are read for the statistics and again for the result",
     ),
+]
+VARIATIONS = [
+    Variation("whiten", f"{name}, mean kept", build, partial(run, shift_mean=False), FULL)
+    for name, build, run in (("forward", make, forward), ("backward", make_backward, backward))
 ]

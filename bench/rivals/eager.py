@@ -194,7 +194,7 @@ def rope(name: str, dtype: torch.dtype, N: int, heads: int, key_heads: int, D: i
 
 
 def adamw(name: str, dtype: torch.dtype, n: int, ema: int = 0) -> Eager:
-    """torch's fused AdamW, then the copy in the storage dtype, then the average; or the norm alone."""
+    """torch's operations of an AdamW step, then the copy in the storage dtype, then the average; or the norm alone."""
 
     def step(
         master: Tensor, grad: Tensor, first: Tensor, second: Tensor, copy: Tensor, average: Tensor

@@ -117,10 +117,8 @@ def _verl(tma: bool) -> Any:
     return _copied("verl/utils/kernel/kernels.py", r"\b\w+\.is_cuda\b", "True")
 
 
-def verl_logprob(
-    device: str, dtype: torch.dtype, back: bool, N: int, V: int, H: int, float32: bool = False
-) -> Call:
-    """Log-prob and entropy; its hidden size must be a multiple of 128. `float32`: of the gradients, as the engine's."""
+def verl_logprob(device: str, dtype: torch.dtype, back: bool, N: int, V: int, H: int) -> Call:
+    """Log-prob and entropy; its hidden size must be a multiple of 128."""
     kernels = _verl(tma=device == "meta")
     hidden, weight = _rows(device, dtype, N, H), _rows(device, dtype, V, H)
     targets, row = _targets(device, N, V), _rows(device, torch.float32, N)
@@ -135,7 +133,7 @@ def verl_logprob(
             row + 1,
             row.clone(),
             0,
-            float32,
+            False,
             0.7,
         )
     return lambda: kernels.efficient_entropy_forward(hidden, weight, targets, 0, 0.7)
@@ -186,7 +184,6 @@ LIBRARIES: dict[str, dict[str, Callable[..., Call]]] = {
         "liger-kernel": liger_logprob,
         "cut-cross-entropy": cce_logprob,
         "verl": verl_logprob,
-        "verl, float32 gradients": functools.partial(verl_logprob, float32=True),
     },
     "swiglu": {"liger-kernel": liger_swiglu},
     "rmsnorm": {"liger-kernel": liger_rmsnorm},

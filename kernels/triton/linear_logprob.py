@@ -4,8 +4,10 @@
     M = max m,  S = sum s e^(m - M),  B = sum e^(m - M) (b + s (m - M))
     logprob = (z_y - M) - log S,  entropy = log S - B / S
 
-A tile lives in registers: memory holds 3 numbers a row and tile, for ROWS rows at once. The widths of tiles depend on
-the vocabulary alone, and sums are made in a fixed order, so that a row's result does not depend on the other rows.
+A tile lives in registers, and PIECE tiles are joined there one after the other: memory holds 3 numbers a row and
+piece. Of fewer rows than MANY it holds 3 a row and tile, and the tiles of a piece are joined where pieces are merged,
+by the same function in the same order. The widths of tiles and pieces depend on the vocabulary alone, so that a row's
+result does not depend on the other rows, nor on which of the two it was.
 The gradient of the logits is made again a slab of the vocabulary at a time; the products with it are the library's.
 """
 
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from ._launch import Config, cdiv, config, launch
 
-ROWS = 4096  # at once: their hidden states stay in the second cache while the vocabulary goes by
+# Rows at once, at least: their hidden states stay in the second cache while the vocabulary goes by.
+ROWS, HIDDEN_BYTES = 4096, 16 << 20
 
 
 @triton.jit
@@ -53,6 +56,18 @@ def tile_logits(
     return tl.where(column_inside[None, :], z, float("-inf"))
 
 
+@triton.jit
+def _joined(most, total, weighted, m, s, b):
+    """(M, S, B) of what was summed so far and of a tile. Where there is no mass nothing is added."""
+    higher = tl.maximum(most, m)
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    before, lower = most - shift, m - shift
+    scale, scales = tl.exp(before), tl.exp(lower)
+    weighted = tl.where(scale == 0.0, 0.0, scale * (weighted + total * before))
+    weighted += tl.where(scales == 0.0, 0.0, scales * (s * lower + b))
+    return higher, scale * total + scales * s, weighted
+
+
 # N is not specialised in: a kernel compiled for a multiple of 16 might sum a row in another order.
 @triton.jit(do_not_specialize=["N"])
 def _statistics(
@@ -60,45 +75,53 @@ def _statistics(
     weight,  # (V, H)
     bias,  # (V,) or None
     targets,  # (N,)
-    statistics,  # (3, tiles, N)
+    statistics,  # (3, pieces, N)
     target_z,  # (N,)
     inverse_temperature,
     N,
     V: tl.constexpr,
     H: tl.constexpr,
+    PIECE: tl.constexpr,  # tiles
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
-    tile, tiles = tl.program_id(1), tl.num_programs(1)
-    row, column = row0 + tl.arange(0, BLOCK_M), tile * BLOCK_N
+    piece, pieces = tl.program_id(1), tl.num_programs(1)
+    row = row0 + tl.arange(0, BLOCK_M)
     inside = row < N
-    z = tile_logits(
-        hidden + row0 * H, weight, bias, inverse_temperature, inside, column,
-        V, H, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    target = tl.load(targets + row, mask=inside, other=-1)
+    most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M,), tl.float32)
+    for tile in tl.range(0, PIECE, disable_licm=True):
+        column = (piece * PIECE + tile) * BLOCK_N
+        z = tile_logits(
+            hidden + row0 * H, weight, bias, inverse_temperature, inside, column,
+            V, H, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
-    # the target's logit is picked from the same sums
-    y = tl.load(targets + row, mask=inside, other=-1) - column
-    z_y = tl.sum(tl.where(y[:, None] == tl.arange(0, BLOCK_N)[None, :], z, 0.0), 1)
-    here = inside & (y >= 0) & (y < BLOCK_N) & (y + column < V)
-    tl.store(target_z + row, z_y, mask=here)
+        # the target's logit is picked from the same sums
+        y = target - column
+        z_y = tl.sum(tl.where(y[:, None] == tl.arange(0, BLOCK_N)[None, :], z, 0.0), 1)
+        here = inside & (y >= 0) & (y < BLOCK_N) & (y + column < V)
+        tl.store(target_z + row, z_y, mask=here)
 
-    most = tl.max(z, 1)
-    below = z - tl.where(most == float("-inf"), 0.0, most)[:, None]
-    e = tl.exp(below)
-    weighted = tl.where(e == 0.0, 0.0, e * below)  # 0 times -inf is 0
-    out = statistics + tl.cast(tile, tl.int64) * N + row
-    plane = tl.cast(tiles, tl.int64) * N
+        m = tl.max(z, 1)
+        below = z - tl.where(m == float("-inf"), 0.0, m)[:, None]
+        e = tl.exp(below)
+        b = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)  # 0 times -inf is 0
+        most, total, weighted = _joined(most, total, weighted, m, tl.sum(e, 1), b)
+    out = statistics + tl.cast(piece, tl.int64) * N + row
+    plane = tl.cast(pieces, tl.int64) * N
     tl.store(out, most, mask=inside)
-    tl.store(out + plane, tl.sum(e, 1), mask=inside)
-    tl.store(out + 2 * plane, tl.sum(weighted, 1), mask=inside)
+    tl.store(out + plane, total, mask=inside)
+    tl.store(out + 2 * plane, weighted, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _merge(
-    statistics,  # (3, TILES, N)
+    statistics,  # (3, TILES, N), of tiles or of pieces
     target_z,  # (N,)
     targets,  # (N,)
     logprob,  # (N,), as the three that follow
@@ -108,6 +131,7 @@ def _merge(
     N,
     V: tl.constexpr,
     TILES: tl.constexpr,
+    JOIN: tl.constexpr,  # so many make a piece
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -117,16 +141,22 @@ def _merge(
     most = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     weighted = tl.zeros((BLOCK_R,), tl.float32)
-    for t0 in range(0, TILES, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        at = statistics + t[:, None].to(tl.int64) * N + row[None, :]
-        mask = (t < TILES)[:, None] & inside[None, :]
-        m = tl.load(at, mask=mask, other=float("-inf"))
-        s = tl.load(at + plane, mask=mask, other=0.0)
-        b = tl.load(at + 2 * plane, mask=mask, other=0.0)
+    for t0 in range(0, TILES, BLOCK_T * JOIN):
+        # as _statistics joins the tiles of a piece
+        m = tl.full((BLOCK_T, BLOCK_R), float("-inf"), tl.float32)
+        s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        b = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for i in range(JOIN):
+            t = t0 + tl.arange(0, BLOCK_T) * JOIN + i
+            at = statistics + t[:, None].to(tl.int64) * N + row[None, :]
+            mask = (t < TILES)[:, None] & inside[None, :]
+            m_t = tl.load(at, mask=mask, other=float("-inf"))
+            s_t = tl.load(at + plane, mask=mask, other=0.0)
+            b_t = tl.load(at + 2 * plane, mask=mask, other=0.0)
+            m, s, b = _joined(m, s, b, m_t, s_t, b_t)
         higher = tl.maximum(most, tl.max(m, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        # what was summed so far, then the tiles, all below the new maximum; without mass nothing is added
+        # what was summed so far, then the pieces, all below the new maximum; without mass nothing is added
         scale = tl.exp(most - shift)
         weighted = tl.where(scale == 0.0, 0.0, scale * (weighted + total * (most - shift)))
         total = scale * total
@@ -155,14 +185,14 @@ def _slab_gradient(
     row_max,
     log_sum,
     entropy,
-    dz,  # (N, width): columns first ... first + width - 1
-    bias_sums,  # (row blocks, width) or None
+    dz,  # (N, WIDTH): columns first ... first + WIDTH - 1
+    bias_sums,  # (row blocks, WIDTH) or None
     inverse_temperature,
     first,
-    width,
     N,
     V: tl.constexpr,
     H: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -191,10 +221,10 @@ def _slab_gradient(
     slope = tl.where(inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)
 
     live = inside[:, None] & (column + n < V)[None, :]
-    at = dz + row[:, None] * width + slab_column[None, :]
+    at = dz + row[:, None] * WIDTH + slab_column[None, :]
     tl.store(at, slope.to(dz.dtype.element_ty), mask=live)
     if bias_sums is not None:
-        at = bias_sums + tl.program_id(0).to(tl.int64) * width + slab_column
+        at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column
         tl.store(at, tl.sum(slope, 0), mask=column + n < V)
 
 
@@ -204,6 +234,22 @@ def table(name: str, weight: Tensor) -> Config:
     return config(name + suffix, weight.shape[0], weight.device)
 
 
+def without_pieces(tuned: Config) -> tuple[Config, int, int]:
+    """What the kernels are given; the tiles of a piece; and the rows from which on a program joins them.
+
+    Of fewer rows there would be too few programs.
+    """
+    blocks = dict(tuned.blocks)
+    piece, many = blocks.pop("PIECE"), blocks.pop("MANY")
+    return Config(blocks, tuned.num_warps, tuned.num_stages), piece, many
+
+
+def rows_at_once(hidden: Tensor) -> int:
+    """ROWS, or up to four times as many while their hidden states are within HIDDEN_BYTES."""
+    rows = HIDDEN_BYTES // max(1, hidden.shape[1] * hidden.element_size()) // ROWS * ROWS
+    return max(ROWS, min(rows, 4 * ROWS))
+
+
 def tile_statistics(
     hidden: Tensor,  # (N, H)
     dense: Tensor,  # (V, H)
@@ -211,29 +257,31 @@ def tile_statistics(
     temperature: float,
     bias: Tensor | None,  # (V,)
     tuned: Config,
-) -> tuple[Tensor, Tensor]:  # statistics (3, tiles, N), target_z (N,)
+    piece: int,  # tiles that are joined at once
+) -> tuple[Tensor, Tensor]:  # statistics (3, pieces, N), target_z (N,)
     (N, H), V = hidden.shape, dense.shape[0]
-    tiles = cdiv(V, tuned.blocks["BLOCK_N"])
-    statistics = hidden.new_empty((3, tiles, N), dtype=torch.float32)
+    pieces = cdiv(cdiv(V, tuned.blocks["BLOCK_N"]), piece)
+    statistics = hidden.new_empty((3, pieces, N), dtype=torch.float32)
     target_z = hidden.new_empty(N, dtype=torch.float32)
-    grid = (cdiv(N, tuned.blocks["BLOCK_M"]), tiles)
+    grid = (cdiv(N, tuned.blocks["BLOCK_M"]), pieces)
     arguments = (hidden, dense, bias, targets, statistics, target_z, 1.0 / temperature, N)
-    launch(_statistics, grid, *arguments, config=tuned, V=V, H=H)
+    launch(_statistics, grid, *arguments, config=tuned, V=V, H=H, PIECE=piece)
     return statistics, target_z
 
 
 def merge(
-    statistics: Tensor,  # (3, tiles, N)
+    statistics: Tensor,  # (3, tiles or pieces, N)
     target_z: Tensor,  # (N,)
     targets: Tensor,  # (N,)
     results: list[Tensor],  # logprob, entropy, row_max, log_sum: (N,)
     V: int,
+    join: int,  # of the statistics make a piece
 ) -> None:
     _, tiles, N = statistics.shape
     tuned = config("linear_logprob_merge", V, statistics.device)
     grid = (cdiv(N, tuned.blocks["BLOCK_R"]),)
     arguments = (statistics, target_z, targets, *results, N)
-    launch(_merge, grid, *arguments, config=tuned, V=V, TILES=tiles)
+    launch(_merge, grid, *arguments, config=tuned, V=V, TILES=tiles, JOIN=join)
 
 
 def check_vocabulary(dense: Tensor) -> None:
@@ -253,15 +301,17 @@ def linear_logprob(
 ) -> tuple[Tensor, ...]:  # logprob, entropy, row_max, log_sum: (N,) float32
     """Size of the table: V. A target outside [0, V) has the log-probability nan."""
     check_vocabulary(dense)
-    tuned = tuned or table("linear_logprob", dense)
-    N, V = hidden.shape[0], dense.shape[0]
+    tuned, piece, many = without_pieces(tuned or table("linear_logprob", dense))
+    N, V, at_once = hidden.shape[0], dense.shape[0], rows_at_once(hidden)
     results = tuple(hidden.new_empty(N, dtype=torch.float32) for _ in range(4))
-    for first in range(0, N, ROWS):
-        rows = slice(first, first + ROWS)
+    for first in range(0, N, at_once):
+        rows = slice(first, first + at_once)
+        joined = piece if len(hidden[rows]) >= many else 1
         statistics, target_z = tile_statistics(
-            hidden[rows], dense, targets[rows], temperature, bias, tuned
+            hidden[rows], dense, targets[rows], temperature, bias, tuned, joined
         )
-        merge(statistics, target_z, targets[rows], [x[rows] for x in results], V)
+        of_rows = [x[rows] for x in results]
+        merge(statistics, target_z, targets[rows], of_rows, V, piece // joined)
     return results
 
 
@@ -297,9 +347,10 @@ def linear_logprob_backward(
     need_bias: bool,
     tuned: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # d hidden (dtype of hidden), d weight, d bias (float32)
-    """Size of the table: V. SLAB columns of dz are held at once, and more while they are below GRADIENTS numbers.
+    """Size of the table: V. SLAB columns of dz are held at once, bfloat16 for a bfloat16 weight, else float32.
 
-    They are bfloat16 for a bfloat16 weight, else float32.
+    Of few rows twice as many, and twice again, up to GRADIENTS numbers: each slab reads the hidden states anew and adds
+    to all of their gradients. A kernel is compiled for each width, since one that is not constant costs registers.
     (float16 would lose the gradients of a mean over many tokens below its smallest number.)
     """
     check_vocabulary(dense)
@@ -308,9 +359,10 @@ def linear_logprob_backward(
     slab, gradients = blocks.pop("SLAB"), blocks.pop("GRADIENTS")
     block_m, block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
     tuned = Config(blocks, tuned.num_warps, tuned.num_stages)
-    (N, H), V = hidden.shape, dense.shape[0]
-    # each slab reads the hidden states anew and adds to all of their gradients: the wider, the fewer
-    width = cdiv(min(max(slab, gradients // max(N, 1)), V), block_n) * block_n
+    (N, H), V, at_once = hidden.shape, dense.shape[0], rows_at_once(hidden)
+    while 2 * slab * N <= gradients and slab < V:
+        slab *= 2
+    width = min(slab, cdiv(V, block_n) * block_n)
     operand = torch.bfloat16 if dense.dtype == torch.bfloat16 else torch.float32
     dz, wide = hidden.new_empty((N, width), dtype=operand), torch.float32
     sums = hidden.new_empty((cdiv(N, block_m), width), dtype=wide) if need_bias else None
@@ -321,14 +373,15 @@ def linear_logprob_backward(
     for first in range(0, V, width) if need_hidden or need_weight or need_bias else ():
         columns = slice(first, min(first + width, V))
         used = columns.stop - first
-        for row in range(0, N, ROWS):
-            rows = slice(row, row + ROWS)
+        for row in range(0, N, at_once):
+            rows = slice(row, row + at_once)
             of_rows = [x[rows] for x in (targets, row_max, log_sum, entropy)]
             launch(
-                _slab_gradient, (cdiv(min(ROWS, N - row), block_m), cdiv(used, block_n)),
+                _slab_gradient, (cdiv(min(at_once, N - row), block_m), cdiv(used, block_n)),
                 grad_logprob[rows], grad_entropy[rows], hidden[rows], dense, bias, *of_rows,
                 dz[rows], None if sums is None else sums[row // block_m :],
-                1.0 / temperature, first, width, min(ROWS, N - row), config=tuned, V=V, H=H,
+                1.0 / temperature, first, min(at_once, N - row),
+                config=tuned, V=V, H=H, WIDTH=width,
             )  # fmt: skip
         if need_hidden:
             _add_product(dh, dz[:, :used], dense[columns])

@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Config, launch, next_power_of_2
-from .linear_logprob import ROWS, check_vocabulary, merge, table, tile_logits, tile_statistics
+from .linear_logprob import (
+    ROWS,
+    check_vocabulary,
+    merge,
+    table,
+    tile_logits,
+    tile_statistics,
+    without_pieces,
+)  # fmt: skip
 
 
 @triton.jit
@@ -86,7 +94,8 @@ def linear_sample(
     Tiles are linear_logprob's, and so is `tuned`; of its own, linear_sample has the warps and stages of the last look.
     """
     check_vocabulary(dense)
-    tuned, own = tuned or table("linear_logprob", dense), table("linear_sample", dense)
+    tuned, piece, _ = without_pieces(tuned or table("linear_logprob", dense))
+    own = table("linear_sample", dense)
     picking = Config(tuned.blocks, own.num_warps, own.num_stages)
     (R, H), V = hidden.shape, dense.shape[0]
     # linear_logprob's kernel to the bit, so it is given targets too: any, until there are tokens
@@ -95,10 +104,10 @@ def linear_sample(
     for first in range(0, R, ROWS):
         rows = slice(first, first + ROWS)
         h, y = hidden[rows], token[rows]
-        statistics, z = tile_statistics(h, dense, y, temperature, bias, tuned)
+        statistics, z = tile_statistics(h, dense, y, temperature, bias, tuned, piece=1)
         tiles = statistics.shape[1]
         arguments = (h, dense, bias, uniform[rows], statistics, y, z, 1.0 / temperature, len(h))
         constants = {"V": V, "H": H, "TILES": tiles, "BLOCK_T": next_power_of_2(tiles)}
         launch(_pick, (len(h),), *arguments, config=picking, **constants)
-        merge(statistics, z, y, [x[rows] for x in results], V)
+        merge(statistics, z, y, [x[rows] for x in results], V, join=piece)
     return token, results[0], results[1]

@@ -10,8 +10,9 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ CHECKED = [
     "-fno-sanitize=null,object-size,vptr",  # what takes half of the compiler's time; addresses are checked anyway
 ]
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+# The defect that is none: a check that fails by itself would catch everything.
+UNCHANGED = "unchanged"
 Case = Sequence[Any]  # arrays, in the order in which the driver reads them
 
 needs_compiler = pytest.mark.skipif(
@@ -101,7 +104,12 @@ def changed(name: str, old: str, new: str) -> Path:
     original = (SOURCES / f"{name}.cuh").read_text()
     if original.count(old) != 1:
         raise ValueError(f"{name}.cuh: {old!r} occurs {original.count(old)} times, want once")
-    text = original.replace(old, new)
+    label = hashlib.sha256(f"{old}\0{new}".encode()).hexdigest()[:8]
+    return _over(name, original.replace(old, new), label)
+
+
+def _over(name: str, text: str, label: str) -> Path:
+    """The driver over `text` in the place of csrc/cuda/<name>.cuh."""
     key = digest(text, FLAGS)
 
     def make(target: Path) -> None:
@@ -117,15 +125,26 @@ def changed(name: str, old: str, new: str) -> Path:
         compile_with([*FLAGS, *loose, "-O0", *kernels, str(EMULATED / f"{name}.cpp")], target)
         source.unlink()
 
-    defect = hashlib.sha256(f"{old}\0{new}".encode()).hexdigest()[:8]
-    return kept(f"{name}-changed-{defect}", key, make)
+    return kept(f"{name}-changed-{label}", key, make)
 
 
-def compile_all(name: str, defects: dict[str, tuple[str, str]]) -> None:
+def with_defect(name: str, defects: Mapping[str, tuple[str, str]], defect: str) -> Path:
+    """`changed` by one of the defects; for UNCHANGED, the driver made the same way over the file as it is."""
+    if defect == UNCHANGED:
+        return _over(name, (SOURCES / f"{name}.cuh").read_text(), UNCHANGED)
+    return changed(name, *defects[defect])
+
+
+def caught(defect: str) -> AbstractContextManager[Any]:
+    """Inside, the check of a defect must fail, that of the unchanged file pass."""
+    return nullcontext() if defect == UNCHANGED else pytest.raises(AssertionError)
+
+
+def compile_all(name: str, defects: Mapping[str, tuple[str, str]]) -> None:
     """Two compilers at a time, so that the tests find their programs."""
     precompiled()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda places: changed(name, *places), defects.values()))
+        list(pool.map(lambda each: with_defect(name, defects, each), [UNCHANGED, *defects]))
 
 
 def array(x: Any) -> np.ndarray:

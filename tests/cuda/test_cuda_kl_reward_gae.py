@@ -296,18 +296,18 @@ def programs() -> None:
     emulation.compile_all("kl_reward_gae", {**DEFECTS, **INFINITE_DEFECTS})
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", [emulation.UNCHANGED, *DEFECTS])
 def test_defects(defect, programs, tmp_path):
-    changed = emulation.changed("kl_reward_gae", *DEFECTS[defect])
-    with pytest.raises(AssertionError):
+    changed = emulation.with_defect("kl_reward_gae", DEFECTS, defect)
+    with emulation.caught(defect):
         check_all(changed, tmp_path, FEW)
 
 
 INFINITE_DEFECTS = {"powers underflow": ("c > 0 ? fmax(product, DBL_MIN) : product", "product")}
 
 
-@pytest.mark.parametrize("defect", INFINITE_DEFECTS)
+@pytest.mark.parametrize("defect", [emulation.UNCHANGED, *INFINITE_DEFECTS])
 def test_defects_at_infinity(defect, programs, tmp_path):
-    changed = emulation.changed("kl_reward_gae", *INFINITE_DEFECTS[defect])
-    with pytest.raises(AssertionError):
+    changed = emulation.with_defect("kl_reward_gae", INFINITE_DEFECTS, defect)
+    with emulation.caught(defect):
         check_infinities(changed, tmp_path)

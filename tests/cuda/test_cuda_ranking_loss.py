@@ -251,8 +251,8 @@ def programs() -> None:
     emulation.compile_all("ranking_loss", DEFECTS)
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", [emulation.UNCHANGED, *DEFECTS])
 def test_defects(defect, programs, tmp_path):
-    changed = emulation.changed("ranking_loss", *DEFECTS[defect])
-    with pytest.raises(AssertionError):
+    changed = emulation.with_defect("ranking_loss", DEFECTS, defect)
+    with emulation.caught(defect):
         check_all(changed, tmp_path, FEW)

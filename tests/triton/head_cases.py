@@ -14,8 +14,9 @@ from engine.kernels.triton import _launch
 
 @contextmanager
 def blocks(
-    m: int = 16, n: int = 16, k: int = 16, slab: int = 32, gradients: int = 1, r: int = 16, t: int = 2
-) -> Iterator[None]:
+    m: int = 16, n: int = 16, k: int = 16, slab: int = 32, gradients: int = 1, piece: int = 3, many: int = 1,
+    r: int = 16, t: int = 2,
+) -> Iterator[None]:  # fmt: skip
     """Inside, the head's tables hold these blocks: small ones, so that every loop goes round and has a tail."""
     original = _launch.table
 
@@ -25,6 +26,8 @@ def blocks(
         tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
         if op.startswith("linear_logprob_backward"):
             tile |= {"SLAB": slab, "GRADIENTS": gradients}
+        elif op != "linear_logprob_merge":
+            tile |= {"PIECE": piece, "MANY": many}
         if op == "linear_logprob_merge":
             tile = {"BLOCK_R": r, "BLOCK_T": t}
         row = {"up_to": None, **tile, "num_warps": 4, "num_stages": 1}

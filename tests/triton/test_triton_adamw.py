@@ -325,6 +325,11 @@ NORM_DEFECTS = {
     ),
     "only the last block of partial sums": (PARTIAL, PARTIAL.replace("+=", "=")),
     "partial sums beyond the last": (PARTIAL, PARTIAL.replace("<", "<=")),
+    "the last partial sum left out": (PARTIAL, PARTIAL.replace("< n", "< n - 1")),
+    "the first block of partial sums again": (
+        "at = start + tl.arange(0, BLOCK)",
+        "at = tl.arange(0, BLOCK)",
+    ),
 }
 
 

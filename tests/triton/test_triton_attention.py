@@ -304,6 +304,11 @@ BACKWARD_DEFECTS = {
         "tl.sum(g * o, 1), mask=rows < count",
         "tl.sum(g * o, 1), mask=rows < count - 1",
     ),
+    "delta of the gradient alone": ("tl.sum(g * o, 1)", "tl.sum(g, 1)"),
+    "delta by rows of the block's width": (
+        "at = rows[:, None] * D +",
+        "at = rows[:, None] * BLOCK_D +",
+    ),
     "a prefix collects nothing": (
         "last = _last_sharer(prefix, s, segments, PREFIX, BLOCK_S)",
         "last = s",

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import aot, aot_code, aot_gates, aot_plan, gpu
+from bench import aot, aot_code, aot_gates, aot_paths, aot_plan, gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +61,7 @@ def failing(record):
     ],
 )
 def test_proper_kernels_pass(records, monkeypatch, name):
-    monkeypatch.setitem(aot_gates.STREAMING, "test", ("_copy",))
+    monkeypatch.setitem(aot_gates.WIDE, "test", ("_copy",))
     assert failing(records[name]) == []
 
 
@@ -74,7 +76,7 @@ def test_proper_kernels_pass(records, monkeypatch, name):
     ],
 )
 def test_a_kernel_that_breaks_a_gate_fails_it(records, monkeypatch, name, gate):
-    monkeypatch.setitem(aot_gates.STREAMING, "test", ("_copy",))
+    monkeypatch.setitem(aot_gates.WIDE, "test", ("_copy",))
     assert failing(records[name]) == [gate]
 
 
@@ -193,7 +195,7 @@ def test_tensor_memory_limits_the_blocks():
     assert aot_code.occupancy("sm_100", 32, 0, 4, columns=256) == (2, 0.125, "tensor memory")
 
 
-# --- plan and record ---
+# --- plan ---
 
 
 def test_rows_that_no_case_takes_are_found():
@@ -221,9 +223,113 @@ def test_a_broken_launcher_is_named_and_hides_nothing(monkeypatch):
     assert "swiglu, broken, bfloat16, sm_90: ZeroDivisionError" in made.errors[0]
 
 
-def test_every_op_has_cases():
-    assert aot_gates.uncompiled(case.op for case in gpu.cases()) == []
-    assert aot_gates.uncompiled([])  # and a missing one would be seen
+def test_variations_are_no_cases():
+    """A record names what launches a kernel, and the ledger finds a case's kernels by that name."""
+    names = [(one.op, one.name) for one in [*gpu.cases(), *gpu.variations()]]
+    assert len({*names}) == len(names)
+
+
+# --- what is left out ---
+
+
+def test_the_plan_leaves_nothing_out():
+    """Every kernel, and both outcomes of each condition that a launcher decides."""
+    run = without_interpreter("-m", "bench.aot", "--plan")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_kernel_that_nothing_launches_is_named():
+    defined = aot_paths.defined()
+    assert aot_gates.uncompiled(defined) == []
+    left = defined - {("gae", "_backward"), ("_reduce", "add_partials")}
+    assert [text.split(":")[0] for text in aot_gates.uncompiled(left)] == [
+        "kernels/triton/_reduce.py, add_partials",
+        "kernels/triton/gae.py, _backward",
+    ]
+    # called by kernels, in their own file and from another
+    assert not {("_scan", "recurrence"), ("linear_logprob", "tile_logits")} & defined
+
+
+def test_a_kernel_is_either_wide_or_has_a_reason_not_to_be():
+    kernels = [(op, name) for op, of_op in aot_gates.WIDE.items() for name in of_op]
+    kernels += aot_gates.NARROW
+    assert aot_gates.unsorted(kernels) == []
+    assert aot_gates.unsorted([*kernels, ("gae", "_new")])[0].startswith("gae _new:")
+    assert aot_gates.unsorted(kernels[1:])[0].startswith("adamw _step:")
+
+
+def called(x, KIND, deep, BLOCK):
+    if KIND == 0:
+        return x
+    elif KIND == 1:
+        return -x
+    for _ in range(BLOCK, deep, BLOCK):
+        x += 1
+    return x
+
+
+CALLED = SimpleNamespace(fn=called)
+
+
+def kernel(x, bias, n, HAS, KIND, WIDTH, BLOCK):
+    deep: int = WIDTH // 2
+    if n > 0:  # loaded, as far as a compiler knows
+        CALLED(x, KIND, deep, BLOCK)
+    CALLED(x, 0, deep, BLOCK)  # the text's own choice
+    if HAS and bias is not None:
+        n = 1
+        if n == 2:
+            return
+    else:
+        return
+    if WIDTH % BLOCK != 0:
+        CALLED(x, 1, 0, BLOCK)
+
+
+def outcomes(**constants):
+    known = {"bias": aot_paths.TENSOR, "HAS": True, "KIND": 0, "WIDTH": 64, "BLOCK": 32}
+    found = aot_paths.outcomes(SimpleNamespace(fn=kernel), {**known, **constants})
+    return {(condition, value) for _, condition, value in found}
+
+
+def test_conditions_come_out_as_for_the_compiler():
+    both, uneven = "HAS and bias is not None", "WIDTH % BLOCK != 0"
+    assert outcomes() == {("KIND == 0", True), (both, True), (uneven, False)}
+    assert outcomes(WIDTH=65) - outcomes() == {(uneven, True)}
+    # neither what is behind a return nor the rest of a chain is reached
+    assert outcomes(HAS=False) == {("KIND == 0", True), (both, False)}
+    assert (both, False) in outcomes(bias=None)
+    assert ("KIND == 1", True) in outcomes(KIND=1)
+    last = outcomes(KIND=2)
+    assert ("KIND == 1", False) in last and ("range(BLOCK, deep, BLOCK)", False) in last
+    assert ("range(BLOCK, deep, BLOCK)", True) in outcomes(KIND=2, WIDTH=66)
+    assert ("D < BLOCK_D", True) in outcomes(D=80, BLOCK_D=128)
+
+
+def seen(case):
+    """What is known of the arguments of a case's launches."""
+    for launch in aot_plan.launches(case, "sm_90", case.dtypes[0]):
+        given = dict(zip(aot_paths.parameters(launch.kernel.fn), launch.arguments, strict=False))
+        known = {name: aot_paths.TENSOR for name, x in given.items() if isinstance(x, torch.Tensor)}
+        yield "sm_90", launch.kernel, {**known, **launch.constants, **launch.config.blocks}
+
+
+def test_a_way_that_no_case_takes_is_named(monkeypatch):
+    of_rope = {key: why for key, why in aot_paths.NEVER.items() if key[0].startswith("rope.")}
+    monkeypatch.setattr(aot_paths, "NEVER", of_rope)
+    compiled = [one for case in gpu.cases() if case.op == "rope" for one in seen(case)]
+    missed = aot_paths.missed(compiled)
+    assert "rope._forward, sm_90: `INVERSE` of _forward is never True" in missed
+    assert "rope._rotate_and_write, sm_90: `D > ROT` of _rotate is never True" in missed
+    compiled += [one for case in gpu.variations() if case.op == "rope" for one in seen(case)]
+    assert aot_paths.missed(compiled) == []
+    monkeypatch.setitem(of_rope, ("rope._forward", "INVERSE", True), "a test")
+    assert aot_paths.missed(compiled) == ["rope._forward: NEVER has `INVERSE`, True in vain"]
+    monkeypatch.setattr(aot_paths, "NEVER", {})
+    assert "rope._forward, sm_90: `ROT > 0` of _rotate is never False" in aot_paths.missed(compiled)
+
+
+# --- record ---
 
 
 TABLES = sorted(aot_plan.TABLES.glob("*.json"))
@@ -241,8 +347,8 @@ def test_every_row_of_a_table_is_recorded_for_every_dtype(path):
     for arch, rows in json.loads(path.read_text()).items():
         for row in rows:
             warps, stages = row["num_warps"], row["num_stages"]
-            # SLAB and GRADIENTS are the launcher's, who makes a width of them
-            others = ("up_to", "num_warps", "num_stages", "SLAB", "GRADIENTS")
+            # what the launcher alone reads: SLAB and GRADIENTS make a WIDTH, PIECE and MANY a PIECE
+            others = ("up_to", "num_warps", "num_stages", "SLAB", "GRADIENTS", "PIECE", "MANY")
             blocks = {f"{name}={value}" for name, value in row.items() if name not in others}
             taken = [
                 v

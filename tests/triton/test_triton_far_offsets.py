@@ -143,7 +143,10 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 REVERSED = ("attention",)  # whose first program has the last rows
 
 A_TOKEN = "a few numbers a token, whose count is an int32"
-OF_ROWS = "of ROWS rows at most: 2^31 statistics are of a vocabulary of 10 million, hidden states 500,000 wide"
+OF_ROWS = (
+    "of 4 ROWS at most, of ROWS where hidden states are wide: 2^31 statistics are of a vocabulary of millions, hidden"
+    " states 500,000 wide"
+)
 HEADS = "a number a row and head: 2^31 of them have queries of 256 GB and more"
 # (file, line of the kernel) -> why its offsets stay below 2^31 all the same
 SHORT: dict[str, str] = {
@@ -158,12 +161,12 @@ SHORT: dict[str, str] = {
     "_row_sums": "256 partial sums of a vector at most",
     "linear_sample": OF_ROWS,
     "linear_logprob: row0 = tl.program_id(0).to(tl.int64) * BLOCK_M": OF_ROWS,
-    "linear_logprob: out = statistics + tl.cast(tile, tl.int64) * N + row": OF_ROWS,
-    "linear_logprob: plane = tl.cast(tiles, tl.int64) * N": OF_ROWS,
+    "linear_logprob: out = statistics + tl.cast(piece, tl.int64) * N + row": OF_ROWS,
+    "linear_logprob: plane = tl.cast(pieces, tl.int64) * N": OF_ROWS,
     "linear_logprob: row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)": OF_ROWS,
     "linear_logprob: plane = tl.cast(N, tl.int64) * TILES": OF_ROWS,
     "linear_logprob: at = statistics + t[:, None].to(tl.int64) * N + row[None, :]": OF_ROWS,
-    "linear_logprob: at = bias_sums + tl.program_id(0).to(tl.int64) * width + slab_column": OF_ROWS,
+    "linear_logprob: at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column": OF_ROWS,
     "attention: lse_at = (begin + rows).to(tl.int64) * HEADS + head": HEADS,
     "attention: lse_at = token.to(tl.int64) * HEADS + head": HEADS,
     "attention_decode: pages = table + row.to(tl.int64) * width": "a table of 8 GB",

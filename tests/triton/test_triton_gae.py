@@ -45,7 +45,8 @@ def test_against_float64(lengths, dtype):
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_without_tokens(lengths):
-    out, *gradients = gradients_on_triton(ours, inputs(lengths), torch.empty(0))
+    given = [x.to(DEVICE) for x in inputs(lengths)]
+    out, *gradients = gradients_on_triton(ours, given, torch.empty(0, device=DEVICE))
     assert out.shape == (0,) and [x.shape for x in gradients] == [(0,), (0,), (len(lengths),)]
     assert gradients[2].eq(0).all()
 

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from guards import guarded
+from launching import DEVICE
 
 from engine.kernels.triton import _interpreter
 from engine.kernels.triton._launch import Config, launch
@@ -28,7 +29,7 @@ def _copy_by_a_helper(x, out, first, last, BLOCK: tl.constexpr):
 
 
 def copy(guards, n, first=0, last=None, shift=0, kernel=_copy):
-    x = guards.place(torch.arange(n, dtype=torch.float32), shift)
+    x = guards.place(torch.arange(n, dtype=torch.float32, device=DEVICE), shift)
     out = torch.empty_like(x)
     launch(kernel, (1,), x, out, first, n if last is None else last, config=Config({"BLOCK": 64}))
     return out
@@ -37,9 +38,10 @@ def copy(guards, n, first=0, last=None, shift=0, kernel=_copy):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_inside_is_allowed(shift):
     with guarded() as guards:
-        assert torch.equal(copy(guards, 37, shift=shift), torch.arange(37.0))
-        assert torch.empty(3).isnan().all() and torch.zeros(3).eq(0).all()
-        assert torch.empty(2, dtype=torch.int32).tolist() == [-1, -1]
+        assert copy(guards, 37, shift=shift).tolist() == [*range(37)]
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        assert torch.zeros(3, device=DEVICE).eq(0).all()
+        assert torch.empty(2, dtype=torch.int32, device=DEVICE).tolist() == [-1, -1]
 
 
 @pytest.mark.skipif(not _interpreter.active(), reason="a GPU does not look at addresses")

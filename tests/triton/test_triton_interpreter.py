@@ -34,10 +34,11 @@ def _cast(x, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _arithmetic(a, b, out, n, BLOCK: tl.constexpr):
+def _arithmetic(a, b, c, out, n, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     inside = at < n
     x, y = tl.load(a + at, mask=inside, other=0.0), tl.load(b + at, mask=inside, other=1.0)
+    z = tl.load(c + at, mask=inside, other=0.0)
     tl.store(out + at, x + y, mask=inside)
     tl.store(out + n + at, x - y, mask=inside)
     tl.store(out + 2 * n + at, x * y, mask=inside)
@@ -46,6 +47,9 @@ def _arithmetic(a, b, out, n, BLOCK: tl.constexpr):
     tl.store(out + 5 * n + at, tl.where(x < y, x, y), mask=inside)
     tl.store(out + 6 * n + at, tl.abs(x), mask=inside)
     tl.store(out + 7 * n + at, tl.where(x == y, x, y), mask=inside)
+    tl.store(out + 8 * n + at, x / y, mask=inside)
+    tl.store(out + 9 * n + at, tl.minimum(x, y), mask=inside)
+    tl.store(out + 10 * n + at, tl.fma(x, y, z), mask=inside)
 
 
 @triton.jit
@@ -104,8 +108,9 @@ def test_arithmetic_is_torchs(dtype):
         torch.cat([torch.randn(300) * 5, torch.tensor(SPECIAL[:10])]).to(dtype) for _ in range(2)
     )
     b = b.flip(0)
-    out = torch.empty(8, len(a), dtype=dtype)
-    run(_arithmetic, a, b, out, len(a), BLOCK=512)
+    c = (torch.randn(len(a)) * 5).to(dtype)
+    out = torch.empty(11, len(a), dtype=dtype)
+    run(_arithmetic, a, b, c, out, len(a), BLOCK=512)
     want = [
         a + b,
         a - b,
@@ -115,6 +120,9 @@ def test_arithmetic_is_torchs(dtype):
         torch.where(a < b, a, b),
         a.abs(),
         torch.where(a == b, a, b),
+        a / b,
+        torch.minimum(a, b),
+        (a.double() * b.double() + c.double()).to(dtype),  # an fma rounds once
     ]
     for i, (ours, theirs) in enumerate(zip(out, want, strict=True)):
         torch.testing.assert_close(

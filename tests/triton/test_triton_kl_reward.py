@@ -57,7 +57,8 @@ def test_k3_of_any_size(scale):
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_without_tokens(lengths):
     ours = call(kl_reward, "k1", "eos")
-    out, *gradients = gradients_on_triton(ours, inputs(lengths), torch.empty(0))
+    given = [x.to(DEVICE) for x in inputs(lengths)]
+    out, *gradients = gradients_on_triton(ours, given, torch.empty(0, device=DEVICE))
     assert out.shape == (0,) and gradients[2].shape == (len(lengths),) and gradients[2].eq(0).all()
 
 
@@ -126,6 +127,7 @@ DEFECTS = {
         "inside = at < n - 1\n    lp = tl.load(logprob + at, mask=inside, other=0.0).to(tl.float32)\n"
         "    ref = tl.load(ref_logprob + at, mask=inside, other=0.0).to(tl.float32)\n    k =",
     ),
+    "k1 for every kl": ("tl.store(kl + at, k.to", "tl.store(kl + at, (lp - ref).to"),
     "half of k2": ("return d * d * 0.5", "return d * d"),
     "k3 of the other sign": ("return expm1_minus(-d)", "return expm1_minus(d)"),
     "the penalty at the end": ("r = -beta * estimate(lp - ref, ESTIMATOR) + paid_score", "r = paid_score"),
@@ -137,8 +139,10 @@ DEFECTS = {
     "slope of k3": ("return -expm1(-d)", "return expm1(-d)"),
     "slope of k2": ("return d\n    else:\n        return -expm1", "return d * 2\n    else:\n        return -expm1"),
     "beta forgotten in the gradient": ("(gk - beta * gr)", "(gk - gr)"),
+    "slope at the other sign": ("_slope(lp - ref, ESTIMATOR)", "_slope(ref - lp, ESTIMATOR)"),
     "both gradients of one sign": ("(-d).to(", "d.to("),
     "gradient of the wrong score": ("tl.store(d_score + segment, gr", "tl.store(d_score + segment, 0 * gr"),
+    "gradient of the first token": ("last = end.to(tl.int64) - 1\n    gr", "last = start.to(tl.int64)\n    gr"),
     "the slot keeps its gradient": ("tl.store(d_logprob + last, zero", "tl.store(d_logprob + last, zero + 1"),
 }  # fmt: skip
 

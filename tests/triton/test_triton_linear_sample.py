@@ -211,7 +211,8 @@ def test_what_does_not_fit_is_named():
         with pytest.raises(ValueError, match="uniform: got torch.float32 of shape"):
             linear_sample(hidden, weight, torch.zeros(2))
         with pytest.raises(ValueError, match="weight: got no rows"):
-            linear_sample(hidden, weight[:0], torch.zeros(2, dtype=torch.float64))
+            none = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+            linear_sample(hidden.to(DEVICE), weight[:0].to(DEVICE), none)
 
 
 DEFECTS = {

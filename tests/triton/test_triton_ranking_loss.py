@@ -153,7 +153,11 @@ DEFECTS = {
     "prompts without pairs count": ("return (pairs > 0).to(tl.float64)", "return (pairs >= 0).to(tl.float64)"),
     "one answer counts": ("return (answers > 1).to(tl.float64)", "return (answers > 0).to(tl.float64)"),
     "the batch's divisor is forgotten": ("REDUCTION) * tl.load(divisor))", "REDUCTION))"),
+    "the prompt's own divisor is forgotten": ("1.0 / (_divisor(answers, pairs, REDUCTION) *", "1.0 / ("),
+    "a prompt's correct pairs for its pairs": ("pairs = tl.load(partials + 2 *", "pairs = tl.load(partials + 3 *"),
+    "slopes of the first prompt": ("tl.load(slope + start + i,", "tl.load(slope + i,"),
     "the last prompts only": ("sums += tl.load", "sums = tl.load"),
+    "every pair is correct": ("num_correct, tl.sum(correct, 0)", "num_correct, tl.sum(pairs, 0)"),
     "the denominator is ignored": ("tl.where(denominator > 0, tl.cast(denominator, tl.float64), own)", "own"),
 }  # fmt: skip
 

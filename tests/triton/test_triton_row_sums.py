@@ -4,8 +4,9 @@ import pytest
 import torch
 from guards import guarded
 from launching import DEVICE
-from mutations import mutate
+from mutations import mutations
 
+from engine.kernels import _backend
 from engine.kernels.triton import _row_sums
 from engine.kernels.triton._launch import Config
 
@@ -19,7 +20,8 @@ def test_every_row_is_in_one_part_and_parts_are_at_most_256():
     assert _row_sums.row_partition(0)[0] == 0
 
 
-def check(module, tuned=SMALL):
+def check(tuned=SMALL):
+    module = _backend.triton_kernels("_row_sums")  # the changed one
     for count, P, H in ((1, 1, 5), (2, 9, 19), (1, 8, 8)):
         parts = torch.randn(count, P, H, device=DEVICE)
         with guarded() as guards:
@@ -29,7 +31,7 @@ def check(module, tuned=SMALL):
 
 @pytest.mark.parametrize("tuned", [SMALL, None])
 def test_sums(tuned):
-    check(_row_sums, tuned)
+    check(tuned)
     assert torch.equal(_row_sums.sum_parts(torch.empty(2, 0, 3))[1], torch.zeros(3))
 
 
@@ -43,7 +45,6 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_defects_are_caught(defect, tmp_path):
-    with pytest.raises(AssertionError):
-        check(mutate(_row_sums, *DEFECTS[defect], tmp_path))
+@mutations(_row_sums, DEFECTS)
+def test_defects_are_caught():
+    check()

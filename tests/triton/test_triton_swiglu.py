@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launching import DTYPES, check_on_triton, on_triton
+from launching import DEVICE, DTYPES, check_on_triton, on_triton
 from mutations import mutations
 
 from engine.kernels.swiglu import swiglu, swiglu_reference
@@ -17,10 +17,11 @@ def test_against_float64(dtype, shape):
 
 
 def test_extremes():
-    gate = torch.tensor([0.0, -0.0, 1e4, -1e4, 80.0, -80.0, float("inf")])
-    out = on_triton(swiglu)(gate, torch.ones(7))
-    assert torch.equal(out[:4], torch.tensor([0.0, 0.0, 1e4, 0.0])) and out[6] == float("inf")
-    assert torch.allclose(out, swiglu_reference(gate, torch.ones(7)), rtol=1e-6, atol=1e-30)
+    gate = torch.tensor([0.0, -0.0, 1e4, -1e4, 80.0, -80.0, float("inf")], device=DEVICE)
+    out = on_triton(swiglu)(gate, torch.ones_like(gate))
+    assert out[:4].tolist() == [0.0, 0.0, 1e4, 0.0] and out[6] == float("inf")
+    want = swiglu_reference(gate, torch.ones_like(gate))
+    assert torch.allclose(out, want, rtol=1e-6, atol=1e-30)
 
 
 DEFECTS = {

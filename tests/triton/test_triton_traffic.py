@@ -18,6 +18,7 @@ def test_bytes(case):
         case.run(*arguments)
     compulsory = case.bytes(dtype.itemsize, **case.small)
     assert traffic.kernels, "no kernel was launched"
+    assert traffic.atomics == 0, "atomics add in any order: runs would differ"
     assert compulsory <= traffic.bytes * 1.0001, (
         f"counted {traffic.bytes} bytes, fewer than the compulsory {compulsory:.0f}: the case's formula is wrong"
     )

@@ -38,7 +38,8 @@ def test_far_from_zero_the_digits_stay(centre, scale):
 
 
 def test_without_tokens_and_of_equal_ones():
-    out, grad = gradients_on_triton(whiten, (torch.empty(0),), torch.empty(0))
+    empty = torch.empty(0, device=DEVICE)
+    out, grad = gradients_on_triton(whiten, (empty,), empty)
     assert out.shape == grad.shape == (0,)
     with blocks(4):
         equal = torch.full((9,), 3.0, device=DEVICE)
@@ -75,6 +76,11 @@ DEFECTS = {
         "centred = tl.where(inside, wide - mean, 0.0)\n    tl.store",
         "centred = wide - mean\n    tl.store",
     ),
+    "squares of numbers that are not centred": (
+        "tl.sum(centred * centred, 0)",
+        "tl.sum(wide * wide, 0)",
+    ),
+    "products that are not centred": ("tl.sum(g * centred, 0)", "tl.sum(g * wide, 0)"),
     "blocks weigh alike": ("total += size * tl.load", "total += BLOCK * tl.load"),
     "squares around the blocks' own means only": ("within + size * off * off", "within"),
     "spread of the means only": ("within + size * off * off", "size * off * off"),
@@ -86,6 +92,11 @@ DEFECTS = {
     ),
     "the mean stays away": ("whitened += mean\n", "whitened += 0.0\n"),
     "the mean is not taken off": ("(wide - mean) * tl.load", "wide * tl.load"),
+    "not divided by the deviation": ("(wide - mean) * tl.load(statistics + 1)", "wide - mean"),
+    "the last number left out": (
+        "whitened.to(y.dtype.element_ty), mask=inside",
+        "whitened.to(y.dtype.element_ty), mask=at < n - 1",
+    ),
     "products around the blocks' own means": ("products += g * off +", "products +="),
     "mean of the gradient": ("r * (g - mean_grad)", "r * g"),
     "slope's sign": (" - centred * slope", " + centred * slope"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from launching import DEVICE
-from mutations import mutate, running
+from mutations import Change, copied, running, seeded
 
 from engine.kernels._backend import backend
 from engine.kernels.triton import _launch, _reduce
@@ -65,25 +65,20 @@ def blocks(block: int, rows: int = 2) -> Iterator[None]:
 
 
 def helper_mutations(
-    helper: ModuleType, user: ModuleType, changes: dict[str, tuple[str, str]]
+    helper: ModuleType, user: ModuleType, changes: dict[str, Change]
 ) -> Callable[..., Any]:
     """`mutations` in a file that the kernels of `user` import."""
 
-    def decorate(check: Callable[[], None]) -> Callable[..., None]:
-        @pytest.mark.parametrize("defect", changes)
-        def test(defect: str, tmp_path: Path) -> None:
-            (tmp_path / "user").mkdir()
-            with pytest.MonkeyPatch.context() as patch:
-                changed = mutate(helper, *changes[defect], tmp_path)
-                if helper is _reduce:
-                    changed.ONE_PROGRAM.blocks["ROWS"] = 2
-                patch.setitem(sys.modules, helper.__name__, changed)
-                same = str(user.__doc__)
-                importing = mutate(user, same, same, tmp_path / "user")
-            with running(importing), pytest.raises(AssertionError):
-                check()
+    @contextmanager
+    def swapped(change: Change | None, folder: Path) -> Iterator[None]:
+        (folder / "user").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            changed = copied(helper, change, folder)
+            if helper is _reduce:
+                changed.ONE_PROGRAM.blocks["ROWS"] = 2
+            patch.setitem(sys.modules, helper.__name__, changed)
+            importing = copied(user, None, folder / "user")
+        with running(importing):
+            yield
 
-        test.__doc__ = check.__doc__
-        return test
-
-    return decorate
+    return seeded(helper, changes, swapped)
