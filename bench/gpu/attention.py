@@ -135,7 +135,21 @@ CASES = [
     case("backward", "9B, 256 channels", {"S": 4, "T": 2048, **GEMMA}, {"S": 2, "T": 60, **WIDE}, 2.8),
 ]
 PHI = {"HQ": 32, "HK": 32, "D": 80}  # Phi-2 and Pythia-2.8B: no power of two
+PREFIXED = {"G": 2, "T": 512, "A": 8, "L": 64}
 VARIATIONS = [
-    Variation("attention", f"{name}, 80 channels", build, run, {"S": 8, "T": 2048, **PHI})
-    for name, build, run in (("forward", make, forward), ("backward", make_backward, backward))
+    *(
+        Variation("attention", f"{name}, 80 channels", build, run, {"S": 8, "T": 2048, **PHI})
+        for name, build, run in (("forward", make, forward), ("backward", make_backward, backward))
+    ),
+    # keys of a prefix that no query of its own sees take more registers: PPO of an 8B, and in float32
+    Variation(
+        "attention", "backward, shared prefix, 8B", make_shared_backward, backward, {**PREFIXED, **LLAMA}
+    ),
+    *(
+        Variation("attention", f"{name}, shared prefix, float32", build, run, {**PREFIXED, **PHI}, "float32")
+        for name, build, run in (
+            ("forward", make_shared, forward),
+            ("backward", make_shared_backward, backward),
+        )
+    ),
 ]

@@ -60,7 +60,11 @@ CASES = [
     )
 ]
 PHI = {"R": 64, "T": 2048, "HQ": 32, "HK": 32, "D": 80}  # Phi-2: no power of two
+GEMMA = {"R": 64, "T": 2048, "HQ": 16, "HK": 8, "D": 256}
 VARIATIONS = [
     Variation("attention_decode", "80 channels", make, run, PHI),
     Variation("attention_decode", "80 channels, float32 queries", make_wide, run, PHI),
+    Variation("attention_decode", "256 channels", make, run, GEMMA),
+    Variation("attention_decode", "256 channels, float32 queries", make_wide, run, GEMMA),
+    Variation("attention_decode", "256 channels, float32", make, run, GEMMA, "float32"),
 ]

@@ -1,13 +1,14 @@
-"""The golden losses over tokens, SFT's and its micro-batches', through linear_logprob, forward and backward.
+"""Golden losses over tokens, SFT's and its micro-batches' through linear_logprob, and tokens of PPO's clip alone.
 
 A row of logits is the column of a weight that the hidden state of its token, a unit vector, picks.
 """
 
 import torch
-from golden_cases import GROUPS, golden_cases
+from golden_cases import GROUPS, golden_cases, ragged
 from torch import Tensor
 
 from engine.kernels.linear_logprob import linear_logprob
+from engine.kernels.ppo_policy_loss import ppo_policy_loss
 
 
 class TokenLosses:
@@ -88,3 +89,14 @@ def test_golden_logits_of_the_estimators(precision):
         laws.append(logprob)
     kl = (laws[0].exp() * (laws[0] - laws[1])).sum()
     precision.assert_close(kl, torch.tensor(want["exact_kl"], dtype=dtype), "KL")
+
+
+def test_golden_tokens_of_the_clip(precision):
+    """Each token of the clip's table as a batch of its own."""
+    (case,) = [case for case in GROUPS["ppo_policy_loss"] if "per_token" in case["outputs"]]
+    names = ("logprob_new", "logprob_old", "advantages")
+    inputs = [ragged(case["inputs"][name], precision.dtype) for name in names]
+    tokens = zip(*(x.split(1) for x in inputs), strict=True)
+    losses = [ppo_policy_loss(*token, case["inputs"]["eps"])[0] for token in tokens]
+    want = ragged(case["outputs"]["per_token"], precision.dtype)
+    precision.assert_close(torch.stack(losses), want, case["name"])

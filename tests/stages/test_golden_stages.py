@@ -16,6 +16,7 @@ from engine.stages import sft
 from engine.stages.inputs import RMData, SFTData
 from engine.stages.ppo.advantages import estimate, rewards_and_advantages
 from engine.stages.ppo.batch import Scores
+from engine.stages.ppo.metrics import segment_sums
 from engine.stages.ppo.ptx import backward_lm_loss, mean_lm_loss
 from engine.stages.ppo.rewards import token_rewards
 from engine.stages.rm import RMStage
@@ -193,6 +194,11 @@ def check_rewards(case, precision, device="cpu"):
     assert found.cu.tolist() == offsets([int(sum(row)) for row in live_slots(case)]).tolist()
     if "kl" in want:
         answers.close(found.kl, want["kl"], "kl")
+        penalties = segment_sums(-given["beta"] * found.kl.cpu(), answers.cu.cpu())
+        expected = torch.tensor(want["non_score_reward_sum"], dtype=precision.dtype)
+        precision.assert_close(penalties, expected, "penalty of each answer")
+    if "score_index" in want:
+        assert (found.cu.diff() - 1).tolist() == want["score_index"]
 
 
 def check_advantages(precision, device="cpu"):

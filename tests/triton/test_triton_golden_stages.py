@@ -39,6 +39,12 @@ def test_golden_logits_of_the_estimators():
     assert seen == FORWARD
 
 
+def test_golden_tokens_of_the_clip():
+    with launched() as seen, on_device():
+        TOKENS.test_golden_tokens_of_the_clip(FLOAT32)
+    assert seen == {"ppo_policy_loss._tokens", "_reduce.add_partials"}
+
+
 @golden("rank_to_pairs")
 def test_golden_pairs_of_a_ranking(case):
     with launched() as seen, on_device():
