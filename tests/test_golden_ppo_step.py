@@ -115,6 +115,7 @@ def check_policy_loss(golden: Golden, new: Tensor, old: Tensor, advantage: Tenso
     want = golden.want["policy"]
     new.retain_grad()
     loss, stats = ops.ppo_policy_loss(new, old, advantage, golden.given["clip"])
+    golden.close((new - old).exp(), want["ratio"], "ratio")
     golden.close(loss, want["loss"], "policy loss")
     for name, theirs in POLICY_STATS.items():
         golden.close(stats[name], want[theirs], name)
