@@ -98,12 +98,17 @@ def failed(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def failure(error: Exception) -> Row:
+    """With the kind of the error: torch says NotImplementedError for a kernel that a device lacks."""
+    return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
 def attempted(work: Callable[[], Row]) -> Row:
     """A part that cannot be started, or does not end, says so, and the others go on."""
     try:
         return work()
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return failure(error)
 
 
 def surroundings() -> dict[str, str]:

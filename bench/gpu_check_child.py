@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from bench import gpu_check_kernels, gpu_check_workloads
-from bench.gpu_check_kernels import Place, Row, attempted, failure
+from bench.gpu_check import Row, failure
+from bench.gpu_check_kernels import Place, attempted
 
 LIMIT = 1800  # seconds a piece
 EXIT_BROKEN = 3

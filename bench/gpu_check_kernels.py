@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import DTYPES, Case, cases
+from bench.gpu_check import Row, failure
 from engine.kernels import _cuda, _flash
 
 LEDGER = Path(__file__).parent / "results" / "gpu_ledger.json"
@@ -32,7 +33,6 @@ FLASH_NOTES = {
     "backward": "as the engine calls it: deterministic",
     "decode": "as the engine calls it: keys in one split",
 }
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,6 @@ def timed(call: Callable[[], Any]) -> Row:
 
     middle, low, high = triton.testing.do_bench(call, quantiles=[0.5, 0.2, 0.8])
     return {"ms": middle, "ms_low": low, "ms_high": high}
-
-
-def failure(error: Exception) -> Row:
-    """With the kind of the error: torch says NotImplementedError for a kernel that a device lacks."""
-    return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def attempted(work: Callable[[], Row], rival: bool = False) -> Row:

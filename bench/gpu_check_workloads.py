@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import gpu_check_kernels
-from bench.gpu_check_kernels import Row
+from bench.gpu_check import Row
 
 SEQUENCES, PROMPT, NEW = (1, 16, 64, 256), 64, 128
 TOKENS, LENGTH = 8192, 512  # of a training step, and of a sequence of it

@@ -24,11 +24,13 @@ def make_backward(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tu
     return (*make(device, dtype, N, V, H), torch.zeros_like(log_sum), log_sum, log_sum.clone())
 
 
-def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> object:
+def forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
+) -> object:
     from engine.kernels.triton.linear_logprob import linear_logprob
 
     data = weight.new_empty(0, dtype=torch.uint8)
-    return linear_logprob(hidden, weight, data, targets, TEMPERATURE, None, None)
+    return linear_logprob(hidden, weight, data, targets, TEMPERATURE, bias, None)
 
 
 def backward(
@@ -38,13 +40,15 @@ def backward(
     row_max: Tensor,
     log_sum: Tensor,
     entropy: Tensor,
+    bias: Tensor | None = None,
 ) -> object:
     from engine.kernels.triton.linear_logprob import linear_logprob_backward
 
     data = weight.new_empty(0, dtype=torch.uint8)
     grads, results = (log_sum, entropy), (row_max, log_sum, entropy)
+    wanted = (True, True, bias is not None)
     return linear_logprob_backward(
-        *grads, hidden, weight, data, targets, TEMPERATURE, None, *results, True, True, False
+        *grads, hidden, weight, data, targets, TEMPERATURE, bias, *results, *wanted
     )
 
 
@@ -54,29 +58,6 @@ def make_biased(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tupl
 
 def make_biased_backward(device: str, dtype: torch.dtype, **shape: int) -> tuple[Tensor, ...]:
     return *make_backward(device, dtype, **shape), make_biased(device, dtype, **shape)[-1]
-
-
-def biased(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> object:
-    from engine.kernels.triton.linear_logprob import linear_logprob
-
-    return linear_logprob(hidden, weight, weight[:0], targets, TEMPERATURE, bias, None)
-
-
-def biased_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    bias: Tensor,
-) -> object:
-    from engine.kernels.triton.linear_logprob import linear_logprob_backward
-
-    grads, results = (log_sum, entropy), (row_max, log_sum, entropy)
-    return linear_logprob_backward(
-        *grads, hidden, weight, weight[:0], targets, TEMPERATURE, bias, *results, True, True, True
-    )
 
 
 def compulsory(size: int, N: int, V: int, H: int) -> float:
@@ -134,8 +115,6 @@ CASES = [
     for name in ("forward", "backward")
 ]
 VARIATIONS = [
-    Variation("linear_logprob", "forward, bias, uneven", make_biased, biased, UNEVEN),
-    Variation(
-        "linear_logprob", "backward, bias, uneven", make_biased_backward, biased_backward, UNEVEN
-    ),
+    Variation("linear_logprob", "forward, bias, uneven", make_biased, forward, UNEVEN),
+    Variation("linear_logprob", "backward, bias, uneven", make_biased_backward, backward, UNEVEN),
 ]

@@ -19,7 +19,7 @@ from .linear_logprob import (
     tile_logits,
     tile_statistics,
     without_pieces,
-)  # fmt: skip
+)
 
 
 @triton.jit
