@@ -38,7 +38,7 @@ EPISODES, LENGTH, ANSWERS = 512, 1024, 9  # answers of a prompt: the paper's mos
 # Of a small op in one round: the best counts, since what disturbs a call only adds to it. Beside a process that keeps a
 # core busy, the best of twenty calls of two threads was ten times the undisturbed one.
 CALLS = 200
-OURS = "engine"
+OURS, LATER = "engine", "engine, slopes later"
 Gradients = tuple[Tensor, Tensor]  # of hidden (N, H) and of the weight (V, H)
 
 
@@ -62,23 +62,34 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor) -> Gr
 
 
 def head_gradients(name: str, dtype: torch.dtype, rows: int = ROWS) -> Callable[[], Gradients]:
-    """A call of one implementation, forward and backward, on the same numbers; a rival has them in `dtype`."""
+    """A call of one implementation, forward and backward, on the same numbers; a rival has them in `dtype`.
+
+    The engine's is the call that SFT and PPO make, of a loss whose slopes follow from the rows (linear_logprob_loss);
+    LATER is linear_logprob, which is given the slopes in its backward.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator) * HIDDEN**-0.5
     hidden = torch.randn(rows, HIDDEN, generator=generator)
     targets = torch.randint(VOCABULARY, (rows,), generator=generator)
     grad = torch.randn(rows, generator=generator)
-    if name == OURS:
+    if name in (OURS, LATER):
         master = weight.requires_grad_()
         packed = pack_weight(master.detach(), torch.bfloat16)
         activations = torch.bfloat16 if ops.cpu_class() == "amx" else torch.float32
         x = hidden.to(activations).requires_grad_()
 
+        def weighted(logprob: Tensor, _entropy: Tensor, part: slice) -> Tensor:
+            return logprob @ grad[part]
+
         def engine_run() -> Gradients:
+            loss, *_ = ops.linear_logprob_loss(x, packed, targets, weighted, master=master)
+            return torch.autograd.grad(loss, (x, master))  # type: ignore[return-value]
+
+        def later_run() -> Gradients:
             logprob, _ = ops.linear_logprob(x, packed, targets, master=master)
             return torch.autograd.grad(logprob, (x, master), grad)  # type: ignore[return-value]
 
-        return engine_run
+        return engine_run if name == OURS else later_run
     x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     if name == "chunked":
         return lambda: chunked(x.detach(), w.detach(), targets, grad)
@@ -145,9 +156,9 @@ def nearly(ours: Gradients, theirs: Gradients, name: str) -> None:
 
 def linear_logprob(repeats: int, threads: int, rival_dtype: str) -> Row:
     """Forward and backward of all implementations in turns; the ratio is to the strongest of torch's."""
-    runs = {n: head_gradients(n, getattr(torch, rival_dtype)) for n in (OURS, *RIVALS)}
+    runs = {n: head_gradients(n, getattr(torch, rival_dtype)) for n in (OURS, LATER, *RIVALS)}
     own = runs[OURS]()
-    for name in RIVALS:  # to warm up, and to compile
+    for name in (LATER, *RIVALS):  # to warm up, and to compile
         nearly(own, runs[name](), name)
     del own
     rounds = [{name: seconds_of(run) for name, run in runs.items()} for _ in range(repeats)]
@@ -234,7 +245,7 @@ def passes(names: tuple[str, ...], repeats: int, limits: Row) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=(OURS, *RIVALS))
+    parser.add_argument("name", choices=(OURS, LATER, *RIVALS))
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--dtype", default="float32", help="a rival's")
     args = parser.parse_args()

@@ -24,6 +24,7 @@ from engine.kernels.attention import attention
 from engine.kernels.gae import gae
 from engine.kernels.kl_reward import kl_reward
 from engine.kernels.linear_logprob import linear_logprob
+from engine.kernels.linear_logprob_loss import linear_logprob_loss
 from engine.kernels.pack import pack, unpack
 from engine.kernels.ppo_policy_loss import (
     ppo_policy_loss,
@@ -42,6 +43,7 @@ __all__ = [
     "gae",
     "kl_reward",
     "linear_logprob",
+    "linear_logprob_loss",
     "pack",
     "ppo_policy_loss",
     "ppo_policy_loss_and_sums",

@@ -169,9 +169,10 @@ def test_the_rivals_of_linear_logprob_agree(monkeypatch):
     monkeypatch.setattr(training_kernels, "CHUNK", 10)
     runs = {
         n: training_kernels.head_gradients(n, torch.float32, 33)()
-        for n in ("engine", "eager", "chunked")
+        for n in ("engine", training_kernels.LATER, "eager", "chunked")
     }
     training_kernels.nearly(runs["engine"], runs["eager"], "eager")
+    training_kernels.nearly(runs[training_kernels.LATER], runs["eager"], "eager")
     for own, other in zip(runs["chunked"], runs["eager"], strict=True):
         torch.testing.assert_close(own, other)
     wrong = (runs["eager"][0], 1.05 * runs["eager"][1])

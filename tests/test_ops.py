@@ -14,6 +14,7 @@ from engine.kernels.swiglu import swiglu
 # The design's table; what an op takes beyond it is keyword-only.
 SIGNATURES = {
     "linear_logprob": "hidden, weight, targets, temperature=1.0, bias=None",
+    "linear_logprob_loss": "hidden, weight, targets, loss, temperature=1.0, bias=None",
     "kl_reward": "logprob, ref_logprob, score, cu, beta, estimator='k1', score_at='eos'",
     "gae": "reward, value, cu, gamma=1.0, lam=0.95, bootstrap=None",
     "whiten": "x, shift_mean=True",

@@ -38,6 +38,7 @@ ENGINE_INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
 struct FloatPanel {
   static constexpr int64_t kPiece = 128;
   static constexpr int64_t kDepthBytes = 4 * kPanel;
+  static constexpr bool kInRows = false;
   ENGINE_INLINE void read(const char* p, vfloat& low, vfloat& high) {
     low = load(reinterpret_cast<const float*>(p));
     high = load(reinterpret_cast<const float*>(p) + kLanes);
@@ -47,6 +48,7 @@ struct FloatPanel {
 struct PairPanel {
   static constexpr int64_t kPiece = 1024;
   static constexpr int64_t kDepthBytes = 2 * kPanel;
+  static constexpr bool kInRows = false;
   ENGINE_INLINE void read(const char* p, vfloat& low, vfloat& high) {
     vuint words;
     std::memcpy(&words, p, sizeof(words));
@@ -54,6 +56,15 @@ struct PairPanel {
     low = reinterpret_cast<vfloat>(shifted);
     high = reinterpret_cast<vfloat>(masked);
   }
+};
+
+// The same columns read from the rows of a matrix (K, N) as they lie, without packing. Of bf16 a word holds two columns side
+// by side: a panel's sums come out with the even columns first.
+struct FloatRows : FloatPanel {
+  static constexpr bool kInRows = true;
+};
+struct PairRows : PairPanel {
+  static constexpr bool kInRows = true;
 };
 
 struct FmaArguments {
@@ -68,6 +79,7 @@ struct FmaArguments {
   int64_t ahead_step;
   int64_t turn;  // depth from which on memory is fetched from `then` on; several panels only
   const char* then;
+  int64_t b_step;  // bytes from a depth of B to the next, where it lies in rows
 };
 
 // Every loop over registers is unrolled completely, or the accumulators would live in memory.
@@ -75,7 +87,7 @@ template <int ROWS, int PANELS, class B>
 static void fma_block(const FmaArguments& f) {
   float* const c = f.c;  // not through f, which the stores below might change for all GCC knows
   const int64_t stride = f.stride, depth = f.depth, panel_bytes = f.panel_bytes, row = f.row, step = f.step;
-  const int64_t ahead_step = f.ahead_step, turn = f.turn;
+  const int64_t ahead_step = f.ahead_step, turn = f.turn, b_step = B::kInRows ? f.b_step : B::kDepthBytes;
   const float* a = f.a;
   const char *b = f.b, *ahead = f.ahead;
   bool add = f.load_c;
@@ -83,7 +95,7 @@ static void fma_block(const FmaArguments& f) {
   do {
     const int64_t end = k + B::kPiece < depth ? k + B::kPiece : depth;
     vfloat acc[ROWS][2 * PANELS] = {};
-    for (; k < end; ++k, a += step, b += B::kDepthBytes) {
+    for (; k < end; ++k, a += step, b += b_step) {
       if constexpr (PANELS > 1) ahead = k == turn ? f.then : ahead;
 #pragma GCC unroll 16
       for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead + p * panel_bytes);

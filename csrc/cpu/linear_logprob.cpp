@@ -35,13 +35,14 @@ HeadOperand head_of(const at::Tensor& hidden, const at::Tensor& dense, const at:
   return head;
 }
 
-at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int64_t* targets, float* target_z) {
+at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int64_t* targets, float* target_z,
+                         float* kept) {
   const int64_t blocks = vocabulary_blocks(head.vocabulary);
   at::Tensor statistics = at::empty({row1 - row0, blocks, 3}, at::TensorOptions().dtype(at::kFloat));
   auto* out = reinterpret_cast<BlockStatistics*>(statistics.data_ptr<float>());
   const auto run = pick_logprob_statistics();
   Team::each(blocks, at::get_num_threads(), [&](int64_t, int64_t block) {
-    run(head, row0, row1, block, block + 1, targets, out, target_z);
+    run(head, row0, row1, block, block + 1, targets, out, target_z, kept);
   });
   return statistics;
 }

@@ -14,15 +14,15 @@ static int64_t rows_at_once(const Head& head) { return head.weight.arithmetic ==
 
 ENGINE_INLINE float exp_of(float x) { return vexp(splat(x))[0]; }
 
-// z of rows [row0, row1) and columns [col0, col1), a block's width apart, filled up with -inf.
-static void block_logits(const Head& head, const Part& part, bool cached, float* z) {
+// z of rows [row0, row1) and columns [col0, col1), `stride` apart, filled up with -inf.
+static void block_logits(const Head& head, const Part& part, bool cached, float* z, int64_t stride = kVocabularyBlock) {
   const int64_t cols = part.col1 - part.col0, padded = (cols + kLanes - 1) / kLanes * kLanes;
   Right weight = head.weight;
   weight.cached = cached;
-  float* origin = z - part.row0 * kVocabularyBlock - part.col0;
-  product(head.hidden, weight, head.depth, part, {origin, false, kVocabularyBlock, false, head.bias});
+  float* origin = z - part.row0 * stride - part.col0;
+  product(head.hidden, weight, head.depth, part, {origin, false, stride, false, head.bias});
   for (int64_t r = 0; r < part.row1 - part.row0; ++r) {
-    float* row = z + r * kVocabularyBlock;
+    float* row = z + r * stride;
     for (int64_t j = cols; j < padded; ++j) row[j] = -kInf;
     for (int64_t j = 0; j < padded; j += kLanes) store(row + j, load(row + j) * head.inverse_temperature);
   }
@@ -44,16 +44,18 @@ static BlockStatistics row_statistics(const float* z, int64_t cols) {
 }
 
 void logprob_statistics(const Head& head, int64_t row0, int64_t row1, int64_t block0, int64_t block1,
-                        const int64_t* targets, BlockStatistics* statistics, float* target_z) {
-  alignas(64) float z[kMostRows * kVocabularyBlock];
+                        const int64_t* targets, BlockStatistics* statistics, float* target_z, float* kept) {
+  alignas(64) float room[kMostRows * kVocabularyBlock];
+  const int64_t stride = kept ? kKeptStride : kVocabularyBlock;
   const int64_t step = rows_at_once(head), blocks = vocabulary_blocks(head.vocabulary);
   for (int64_t b = block0; b < block1; ++b) {
     const int64_t col0 = b * kVocabularyBlock, col1 = smaller(col0 + kVocabularyBlock, head.vocabulary);
     for (int64_t row = row0; row < row1; row += step) {
       const int64_t end = smaller(row + step, row1);
-      block_logits(head, {row, end, col0, col1}, row > row0, z);
+      float* z = kept ? kept + (b * (row1 - row0) + row - row0) * stride : room;
+      block_logits(head, {row, end, col0, col1}, row > row0, z, stride);
       for (int64_t r = row; r < end; ++r) {
-        const float* logits = z + (r - row) * kVocabularyBlock;
+        const float* logits = z + (r - row) * stride;
         statistics[(r - row0) * blocks + b] = row_statistics(logits, col1 - col0);
         if (targets && targets[r] >= col0 && targets[r] < col1) target_z[r - row0] = logits[targets[r] - col0];
       }
@@ -130,6 +132,98 @@ void logprob_gradient(const Head& head, const Part& part, const RowGradients& ro
           for (int64_t j = 0; j < cols; ++j) bias_sums[col + j] += one[j];
       }
     }
+  }
+}
+
+int64_t kept_width(int64_t depth) { return (depth + kPanel - 1) / kPanel * kPanel; }
+
+// dH += dz W of a block: the weight's rows are read as they lie; those columns that do not fill a panel are copied out.
+template <class B>
+static void add_kept_hidden(const Head& head, int64_t rows, const float* dz, int64_t col0, int64_t cols, bool first,
+                            const KeptGradients& to) {
+  constexpr int64_t size = B::kDepthBytes / kPanel;
+  const int64_t depth = head.depth, width = kept_width(depth), whole = depth / kPanel * kPanel;
+  const char* weight = static_cast<const char*>(to.weight) + col0 * depth * size;
+  const int64_t passes = (rows + kFmaRows - 1) / kFmaRows, calls = passes * (width / kPanel);
+  const int64_t behind = col0 + cols < head.vocabulary ? cols * depth * size : 0;  // the next block, fetched meanwhile
+  alignas(64) char tail[kVocabularyBlock * B::kDepthBytes];
+  if (whole < depth) {
+    std::memset(tail, 0, sizeof(tail));
+    for (int64_t j = 0; j < cols; ++j)
+      std::memcpy(tail + j * B::kDepthBytes, weight + (j * depth + whole) * size, (depth - whole) * size);
+  }
+  FmaArguments f{};
+  f.row = kKeptStride, f.step = 1, f.depth = cols, f.stride = width, f.load_c = !first;
+  int64_t call = 0;
+  for (int64_t col = 0; col < width; col += kPanel) {
+    f.b = col < whole ? weight + col * size : tail;
+    f.b_step = col < whole ? depth * size : B::kDepthBytes;
+    for (int64_t row = 0, n; row < rows; row += n, ++call) {
+      n = smaller(kFmaRows, rows - row);
+      f.a = dz + row * kKeptStride;
+      f.c = to.hidden + row * width + col;
+      f.ahead = weight + behind + behind * call / calls, f.ahead_step = behind / calls / cols;
+      fma_kernel<B>(n)(f);
+    }
+  }
+}
+
+// dW (+)= dz^T H of a block. Its rows go to memory and come back with every few rows of H: the next are fetched meanwhile.
+static void add_kept_weight(const Head& head, int64_t rows, const float* dz, int64_t col0, int64_t cols,
+                            const KeptGradients& to) {
+  const int64_t depth = head.depth, panels = (depth + kPanel - 1) / kPanel;
+  const Out out{to.dw + col0 * depth, false, depth, to.accumulate, nullptr};
+  FmaArguments f{};
+  f.row = 1, f.step = kKeptStride, f.depth = rows;
+  for (int64_t j = 0, n; j < cols; j += n) {
+    n = smaller(kFmaRows, cols - j);
+    const bool fetch = to.accumulate && col0 + j + 2 * n <= head.vocabulary;
+    const char* next = reinterpret_cast<const char*>(to.dw + (col0 + j + (fetch ? n : 0)) * depth);
+    f.a = dz + j;
+    f.ahead_step = fetch ? n * kPanel * 4 / rows : 0;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      f.ahead = next + (fetch ? panel * n * kPanel * 4 : 0);
+      const Part pass{j, j + n, panel * kPanel, smaller((panel + 1) * kPanel, depth)};
+      fma_pass<FloatPanel>(fma_kernel<FloatPanel>(n), f, to.activations, out, pass, 1);
+    }
+  }
+}
+
+void kept_gradients(const Head& head, int64_t rows, int64_t block0, int64_t block1, float* kept, const RowGradients& of,
+                    const KeptGradients& to) {
+  for (int64_t b = block0; b < block1; ++b) {
+    const int64_t col0 = b * kVocabularyBlock, cols = smaller(kVocabularyBlock, head.vocabulary - col0);
+    float* dz = kept + b * rows * kKeptStride;
+    for (int64_t r = 0; r < rows; ++r)
+      row_gradient(dz + r * kKeptStride, cols, of, r, of.target[r] - col0, head.inverse_temperature);
+    if (to.db)
+      for (int64_t j = 0; j < cols; ++j) {
+        float sum = to.accumulate ? to.db[col0 + j] : 0.0f;
+        for (int64_t r = 0; r < rows; ++r) sum += dz[r * kKeptStride + j];
+        to.db[col0 + j] = sum;
+      }
+    if (to.hidden && head.weight.arithmetic == Arithmetic::f32)
+      add_kept_hidden<FloatRows>(head, rows, dz, col0, cols, b == block0, to);
+    else if (to.hidden)
+      add_kept_hidden<PairRows>(head, rows, dz, col0, cols, b == block0, to);
+    if (to.dw) add_kept_weight(head, rows, dz, col0, cols, to);
+  }
+}
+
+// Row `row` of dH: the groups' shares in order, and the columns back in theirs.
+void sum_kept_hidden(const float* parts, int64_t groups, int64_t rows, int64_t depth, bool pairs, int64_t row,
+                     float* dh) {
+  const int64_t width = kept_width(depth);
+  for (int64_t col = 0; col < width; col += kPanel) {
+    vfloat low{}, high{};
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* from = parts + (g * rows + row) * width + col;
+      low += load(from), high += load(from + kLanes);
+    }
+    float sums[kPanel];
+    store(sums, low), store(sums + kLanes, high);
+    for (int64_t j = 0; j < kPanel && col + j < depth; ++j)
+      dh[col + j] = pairs ? sums[j % 2 * kLanes + j / 2] : sums[j];
   }
 }
 

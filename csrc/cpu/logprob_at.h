@@ -18,7 +18,8 @@ struct HeadOperand {
 HeadOperand head_of(const at::Tensor& hidden, const at::Tensor& dense, const at::Tensor& data,
                     const std::optional<at::Tensor>& bias, double temperature);
 
-// Statistics of rows [row0, row1), on threads: (rows, blocks, 3) floats, and z of the targets into target_z.
-at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int64_t* targets, float* target_z);
+// Statistics of rows [row0, row1), on threads: (rows, blocks, 3) floats; z of the targets into target_z, all of it into kept.
+at::Tensor statistics_of(const Head& head, int64_t row0, int64_t row1, const int64_t* targets, float* target_z,
+                         float* kept = nullptr);
 
 }  // namespace engine

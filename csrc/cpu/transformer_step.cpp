@@ -57,7 +57,7 @@ class Step {
     const auto statistics = pick_logprob_statistics();
     team.each((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t i) {
       const int64_t begin = i * kBlocksPerTask, end = std::min(begin + kBlocksPerTask, blocks);
-      statistics(head, 0, count, begin, end, nullptr, drawn.statistics, nullptr);
+      statistics(head, 0, count, begin, end, nullptr, drawn.statistics, nullptr, nullptr);
     });
     watch.mark(kHead);
     const auto draw = pick_sample_token();

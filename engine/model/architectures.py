@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from engine.errors import EngineError, ModelError
 
 from .rotary import Rope, read_rope
@@ -283,3 +286,21 @@ def _refuse_qwen_window(config: Mapping[str, Any]) -> None:
         return
     if config.get("max_window_layers", 28) < _size(config, "num_hidden_layers"):
         _refuse_window(config, config.get("sliding_window", 4096))
+
+
+def check_ids(what: str, ids: Tensor, size: int, limit: str) -> int:
+    """The largest id (0 of none; of a GPU's ids, which are not read, the largest possible). An id outside 0 .. size-1
+    is an error that names it and its row."""
+    if ids.device.type != "cpu":
+        return size - 1
+    if ids.numel() == 0:
+        return 0
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        bad = high if high >= size else low
+        row = int((ids == bad).nonzero()[0])
+        raise ModelError(
+            f"{what} {bad} in row {row}: {limit} goes from 0 to {size - 1};"
+            " check the tokenizer, or shorten the sequence"
+        )
+    return high

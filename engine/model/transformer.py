@@ -26,19 +26,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from engine.data.pack import Packed
-from engine.errors import ModelError
 from engine.kernels._backend import cpu_class, kernels_usable
 from engine.kernels.attention import attention
 from engine.kernels.gelu import gelu
 from engine.kernels.layernorm import layernorm
 from engine.kernels.linear import PackedWeight, linear
 from engine.kernels.linear_logprob import linear_logprob
+from engine.kernels.linear_logprob_loss import Loss, linear_logprob_loss
 from engine.kernels.rmsnorm import rmsnorm
 from engine.kernels.rope import rope
 from engine.kernels.swiglu import swiglu
 from engine.run.device import to_device
 
-from .architectures import Architecture
+from .architectures import Architecture, check_ids
 from .checkpointing import Checkpointing, computed_again, made_again, saved_as
 from .dropout import Dropout
 from .rotary import rope_table
@@ -204,8 +204,8 @@ def hidden_states(
     """
     a, weights = model.architecture, model.weights
     weights.check()
-    _check_range("token", tokens, a.vocab_size, "the vocabulary")
-    longest = _check_range("position", positions, a.max_positions, "max_position_embeddings")
+    check_ids("token", tokens, a.vocab_size, "the vocabulary")
+    longest = check_ids("position", positions, a.max_positions, "max_position_embeddings")
     tokens, positions = to_device(tokens, model.device), to_device(positions, model.device)
     table = None
     if a.rope is not None:
@@ -265,6 +265,15 @@ def logprobs(
     targets = to_device(targets, hidden.device)
     logprob, entropy = linear_logprob(hidden, model.head, targets, temperature, master=master)
     return logprob, entropy
+
+
+def logprob_loss(
+    model: Model, hidden: Tensor, targets: Tensor, loss: Loss, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:  # (M, H), (M,) -> (), (M,), (M,) float32
+    """A loss that is a sum over rows of functions of `logprobs`' two, differentiable, and the two without gradient."""
+    master = model.weights.master(model.head_name)
+    targets = to_device(targets, hidden.device)
+    return linear_logprob_loss(hidden, model.head, targets, loss, temperature, master=master)
 
 
 def logits(model: Model, hidden: Tensor) -> Tensor:  # (M, H) -> (M, V) float32
@@ -379,21 +388,3 @@ def _activate(a: Architecture, read: tuple[Tensor, ...]) -> Tensor:  # each (N, 
     if a.gated:
         return swiglu(read[0], read[1])
     return gelu(read[0], "tanh" if a.activation == "gelu_tanh" else "none")
-
-
-def _check_range(what: str, ids: Tensor, size: int, limit: str) -> int:
-    """The largest id (0 of none; of a GPU's ids, which are not read, the largest possible). An id outside 0 .. size-1
-    is an error that names it and its row."""
-    if ids.device.type != "cpu":
-        return size - 1
-    if ids.numel() == 0:
-        return 0
-    low, high = (int(bound) for bound in torch.aminmax(ids))
-    if low < 0 or high >= size:
-        bad = high if high >= size else low
-        row = int((ids == bad).nonzero()[0])
-        raise ModelError(
-            f"{what} {bad} in row {row}: {limit} goes from 0 to {size - 1};"
-            " check the tokenizer, or shorten the sequence"
-        )
-    return high

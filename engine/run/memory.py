@@ -27,6 +27,7 @@ from typing import Literal, Protocol
 import torch
 
 from engine.kernels.linear import packed_bytes
+from engine.kernels.linear_logprob_loss import BLOCK, GROUPS, STRIDE, rows_of_piece
 
 Mode = Literal["none", "selective", "full"]
 Items = Mapping[str, float]
@@ -167,10 +168,12 @@ def scored_token_bytes(a: Sizes, dtypes: Dtypes) -> int:
 
 
 def head_bytes(a: Sizes, tokens: int, scalar: bool) -> float:
-    """A slab of the logits' gradients, and the gradients of the vocabulary's matrix: the head's and the table's.
-    `scalar`: the head has one row, and the table's is all."""
+    """A slab of the logits' gradients or the logits of some rows, whichever is more, and the gradients of the
+    vocabulary's matrix: the head's and the table's. `scalar`: the head has one row, and the table's is all."""
     table = 4.0 * a.vocab_size * a.hidden_size
-    return table if scalar else 2 * table + 4 * min(tokens * HEAD_COLUMNS, HEAD_SLAB)
+    slab = 4 * min(tokens * HEAD_COLUMNS, HEAD_SLAB)
+    piece = min(tokens, rows_of_piece(tokens)) * (a.vocab_size * STRIDE / BLOCK + GROUPS * a.hidden_size) * 4
+    return table if scalar else 2 * table + max(slab, piece)
 
 
 def give_back_freed() -> bool:

@@ -126,12 +126,15 @@ class SFTStage:
             segments = tuple((row.address, len(row.tokens)) for row in chosen)
             dropout = Dropout(p, self.config.seed, step, segments) if p > 0 else None
             keep = self.config.activation_checkpointing
-            logprob, entropy = token_logprobs(self.model, chosen, dropout, keep)
-            loss = one.loss(-logprob.sum() / max(count, 1))
+            hidden, targets = predicting(self.model, chosen, dropout, keep)
+            loss, _, entropy = transformer.logprob_loss(
+                self.model, hidden, targets, lambda logprob, *_: -logprob.sum() / max(count, 1)
+            )
+            loss = one.loss(loss)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             if one.counts:
-                entropies.append(entropy.detach().sum())
+                entropies.append(entropy.sum())
         loss_sum, entropy_sum = self.ranks.sums(
             [sum(map(float, losses), 0.0), sum(map(float, entropies), 0.0)]
         )
@@ -168,20 +171,20 @@ class SFTStage:
         loss, count = 0.0, 0.0
         own = [rows[i] for i in self.ranks.share(len(rows))]
         for cut in cut_by_tokens([len(r.tokens) for r in own], self.config.token_budget):
-            logprob, _ = token_logprobs(model, [own[i] for i in cut], None)
+            hidden, targets = predicting(model, [own[i] for i in cut], None)
+            logprob, _ = transformer.logprobs(model, hidden, targets, 1.0)
             loss, count = loss - float(logprob.double().sum()), count + logprob.numel()
         loss, count = self.ranks.sums([loss, count])
         return loss / max(count, 1)
 
 
-def token_logprobs(
+def predicting(
     model: Model,
     rows: Sequence[Row],
     dropout: Dropout | None,
     checkpointing: Checkpointing = "selective",
-) -> tuple[Tensor, Tensor]:  # (M,), (M,)
-    """Log-prob of every target token of the rows, and the entropy of the distribution it stands in."""
+) -> tuple[Tensor, Tensor]:  # (M, H), (M,)
+    """The hidden states that the rows' targets are predicted from, and those targets."""
     batch = pack_sequences([row.tokens for row in rows])
     shift = predictions(batch, skip_first=[row.response_start for row in rows])
-    hidden = transformer.forward(model, batch, dropout, shift.rows, checkpointing)
-    return transformer.logprobs(model, hidden, shift.targets, 1.0)
+    return transformer.forward(model, batch, dropout, shift.rows, checkpointing), shift.targets

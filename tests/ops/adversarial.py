@@ -16,6 +16,7 @@ from test_attention_decode import batch, paged
 import engine.ops
 from engine.kernels import _backend
 from engine.kernels.linear import pack_weight, packed_data
+from engine.kernels.linear_logprob_loss import BLOCK, STRIDE
 
 Arguments = list[Any]
 N, H, V = 5, 12, 37
@@ -56,6 +57,21 @@ def head_backward() -> Arguments:
     _, entropy, row_max, log_sum = torch.ops.engine.linear_logprob(hidden, dense, data, targets, 0.7, bias, None)
     wanted = [True, True, True]
     return [randn(N), randn(N), hidden, dense, data, targets, 0.7, bias, row_max, log_sum, entropy, *wanted]
+
+
+def kept(rows: int) -> torch.Tensor:
+    return randn(-(-V // BLOCK) * rows * STRIDE)
+
+
+def kept_head() -> Arguments:
+    return [*head(), torch.randint(0, V, (N,)), 0.7, randn(V), kept(N)]
+
+
+def kept_backward() -> Arguments:
+    *given, logits = kept_head()
+    results = torch.ops.engine.linear_logprob_kept(*given, logits)
+    gradients = [randn(N, H), randn(V, H), randn(V), True]
+    return [randn(N), randn(N), *given, *results[2:], results[1], logits, *gradients]
 
 
 def packed() -> Arguments:
@@ -107,6 +123,8 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "linear_backward": lambda: [randn(N, V), randn(N, H), head()[1], True, True, True],
     "linear_logprob": lambda: [*head(), torch.randint(0, V, (N,)), 0.7, randn(V), None],
     "linear_logprob_backward": head_backward,
+    "linear_logprob_kept": kept_head,
+    "linear_logprob_kept_backward": kept_backward,
     "linear_sample": lambda: [*head(), torch.rand(N).double(), 0.7, randn(V)],
     "ppo_policy_loss": of_rows(3, 0.2, 5.0, 20.0),
     "ppo_value_loss": of_rows(3, 0.2, 5.0),

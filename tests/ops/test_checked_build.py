@@ -4,7 +4,7 @@ import checked_build
 import pytest
 
 OPS = {
-    "products": ["edges", "linear", "linear_logprob", "linear_sample"],
+    "products": ["edges", "linear", "linear_logprob", "linear_logprob_loss", "linear_sample"],
     "attention": ["attention", "attention_decode", "transformer_step"],
     "small": ["adamw", "gae", "gelu", "kl_reward", "layernorm", "ppo_policy_loss", "ppo_value_loss", "ranking_loss",
               "rmsnorm", "rope", "swiglu", "whiten"],

@@ -66,15 +66,19 @@ class Seen:
 
     def __init__(self, patch):
         self.rows, self.logprobs = [], []
-        original = sft.token_logprobs
+        predicting, logprob_loss = sft.predicting, sft.transformer.logprob_loss
 
-        def seen(model, rows, *options):
-            results = original(model, rows, *options)
+        def rows_seen(model, rows, *options):
             self.rows.append(sorted(row.address for row in rows))
-            self.logprobs.append(results[0].detach())
+            return predicting(model, rows, *options)
+
+        def logprobs_seen(*arguments):
+            results = logprob_loss(*arguments)
+            self.logprobs.append(results[1])
             return results
 
-        patch.setattr(sft, "token_logprobs", seen)
+        patch.setattr(sft, "predicting", rows_seen)
+        patch.setattr(sft.transformer, "logprob_loss", logprobs_seen)
 
 
 def close(precision, ours, want, name):

@@ -1,6 +1,6 @@
 """One pass of a model over prompts and their answers: log-probs, values, scores at the answer's positions.
 
-Called without gradient by score.py and with it by update.py, so that old and new log-probs come from the same lines.
+Called without gradient by score.py and with it by update.py, so that old and new log-probs come from the same kernels.
 A prompt is one segment and its answers attend to it: it is computed once, however many answers it has.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.data.deal import Pass, own_passes
 from engine.data.pack import Packed, Shift, cut_by_tokens, last_rows, pack_groups, predictions
+from engine.kernels.linear_logprob_loss import Loss
 from engine.model import heads, transformer
 from engine.model.checkpointing import Checkpointing
 from engine.run.distributed import Ranks
@@ -78,6 +79,20 @@ def answer_logprobs(
         model, answers.batch, rows=answers.shift.rows, checkpointing=checkpointing
     )  # (M, H)
     return transformer.logprobs(model, predicting, answers.shift.targets, temperature)
+
+
+def answer_loss(
+    model: transformer.Model,
+    answers: Answers,
+    loss: Loss,
+    temperature: float,
+    checkpointing: Checkpointing = "selective",
+) -> tuple[Tensor, Tensor, Tensor]:  # (), (M,), (M,)
+    """A loss that is a sum over answer tokens, differentiable, with `answer_logprobs`' two without gradient."""
+    predicting = transformer.forward(
+        model, answers.batch, rows=answers.shift.rows, checkpointing=checkpointing
+    )  # (M, H)
+    return transformer.logprob_loss(model, predicting, answers.shift.targets, loss, temperature)
 
 
 def answer_values(

@@ -23,8 +23,10 @@ def lm_loss(
     batch = pack_sequences(rows)
     shift = predictions(batch)
     hidden = transformer.forward(model, batch, rows=shift.rows, checkpointing=checkpointing)
-    logprob, _ = transformer.logprobs(model, hidden, shift.targets, 1.0)
-    return -logprob.sum(), logprob.numel()
+    loss, *_ = transformer.logprob_loss(
+        model, hidden, shift.targets, lambda logprob, *_: -logprob.sum()
+    )
+    return loss, shift.targets.numel()
 
 
 def backward_lm_loss(

@@ -20,7 +20,7 @@ from engine.run.ema import EMA
 from engine.run.optim import Optimizer, global_norm
 from engine.run.streams import generator
 from engine.stages.ppo.batch import Advantages, Rollouts, Scores, on_host
-from engine.stages.ppo.forward import Answers, answer_logprobs, answer_values, training_passes
+from engine.stages.ppo.forward import Answers, answer_loss, answer_values, training_passes
 from engine.stages.ppo.metrics import parity_metrics
 from engine.stages.ppo.ptx import backward_lm_loss
 
@@ -131,20 +131,28 @@ def policy_backward(
     counts: bool = True,  # false: only keeps step with other ranks
 ) -> Tensor:  # (M,)
     """Adds the policy gradient of one micro-batch; returns its log-probs."""
-    logprob, entropy = answer_logprobs(
-        policy, answers, config.temperature, config.activation_checkpointing
-    )
     old = targets.scores.old_logprob[rows]
     advantage = targets.advantages.advantage[rows]
-    loss, stats = ops.ppo_policy_loss(
-        logprob, old, advantage, clip=config.cliprange, denominator=float(count)
+
+    def clipped(logprob: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return ops.ppo_policy_loss(
+            logprob, old[at], advantage[at], clip=config.cliprange, denominator=float(count)
+        )
+
+    loss, logprob, entropy = answer_loss(
+        policy,
+        answers,
+        lambda logprob, _entropy, at: clipped(logprob, at)[0],
+        config.temperature,
+        config.activation_checkpointing,
     )
     counted(loss, counts).backward()  # type: ignore[no-untyped-call]
-    n, logprob = rows.numel(), logprob.detach()
+    n = rows.numel()
     if n == 0 or not counts:
         return logprob
     excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
-    means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.detach().mean())
+    _, stats = clipped(logprob, slice(0, n))
+    means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.mean())
     means.add(n, clipfrac=stats["clipfrac"], approxkl=stats["approxkl"])
     means.add(n, excess=excess.mean(), excess_squared=excess.square().mean())
     return logprob

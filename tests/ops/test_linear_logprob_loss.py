@@ -1,0 +1,264 @@
+"""linear_logprob_loss: linear_logprob's bits, the float64 gradients, pieces, threads, and what it must not do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_close
+from golden_cases import golden_cases
+from gradients import equal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.kernels.linear import PackedWeight, pack_weight
+from engine.kernels.linear_logprob import linear_logprob
+from engine.kernels.linear_logprob_loss import (
+    linear_logprob_loss,
+    linear_logprob_loss_reference,
+    rows_of_piece,
+)
+from engine.kernels.ppo_policy_loss import ppo_policy_loss
+
+STORAGES = [torch.float32, torch.bfloat16]
+SHAPES = [  # N, V, H
+    (1, 1, 1), (2, 2, 3), (3, 97, 5), (17, 577, 33), (5, 1025, 576), (73, 256, 64), (150, 2311, 31), (145, 300, 16),
+]  # fmt: skip
+
+
+def weighted(slopes: Tensor):  # (2, N)
+    """sum_n a_n logprob_n + b_n entropy_n."""
+
+    def loss(logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        own = slopes[:, rows].to(logprob.dtype)
+        return (own[0] * logprob).sum() + (own[1] * entropy).sum()
+
+    return loss
+
+
+def run(hidden: Tensor, weight: Tensor | PackedWeight, targets: Tensor, temperature: float,
+        bias: Tensor | None, master: Tensor | None, loss, op=linear_logprob_loss) -> list[Tensor]:  # fmt: skip
+    """loss, logprob, entropy and the gradients of hidden, bias and the weight or its master."""
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, bias) if t is not None]
+    learned = (weight if master is None else master).detach().clone().requires_grad_()
+    used = learned if master is None else weight
+    results = op(leaves[0], used, targets, loss, temperature, *leaves[1:],
+                 **({} if master is None else {"master": learned}))  # fmt: skip
+    assert results[0].requires_grad and not any(r.requires_grad for r in results[1:])
+    results[0].backward()
+    return [r.detach() for r in results] + [leaf.grad for leaf in (*leaves, learned)]
+
+
+def check_against_float64(cpu_class, shape, storage, temperature=1.0, with_bias=True, plain=False):
+    n, v, h = shape
+    hidden, bias, slopes = torch.randn(n, h), torch.randn(v), torch.randn(2, n)
+    master, targets = torch.randn(v, h) * 3 * h**-0.5, torch.randint(v, (n,))
+    tiles = cpu_class == "amx" and storage == torch.bfloat16
+    if tiles:
+        hidden = hidden.bfloat16().float()
+    dense = master.to(storage)
+    weight, own = (dense, None) if plain else (pack_weight(master, storage), master)
+    bias = bias if with_bias else None
+    loss, reference = weighted(slopes), linear_logprob_loss_reference
+    ours = run(hidden, weight, targets, temperature, bias, own, loss)
+    rough = [torch.bfloat16 if tiles else torch.float32] * 3  # see test_linear_logprob
+    torch_ = run(hidden, dense.float(), targets, temperature, bias, None, loss, reference)
+    wide = None if bias is None else bias.double()
+    truth = run(hidden.double(), dense.double(), targets, temperature, wide, None, loss, reference)
+    names = ["loss", "logprob", "entropy", "dhidden", *(["dbias"] if with_bias else []), "dweight"]
+    assert len(ours) == len(names) and ours[-1].dtype == (storage if plain else torch.float32)
+    depths = {"loss": n, "dhidden": v, "dbias": n, "dweight": n}
+    for i, name in enumerate(names):
+        dtype = [torch.float32] * 3 + rough
+        bound = torch_[i].to(storage if plain and name == "dweight" else dtype[i])
+        units = 8 + h**0.5 + depths.get(name, 0) ** 0.5
+        assert_close(ours[i], bound, truth[i], f"{name} of {shape}", units=units)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_float64(cpu_class, storage, shape):
+    check_against_float64(cpu_class, shape, storage)
+    check_against_float64(cpu_class, shape, storage, temperature=0.7, with_bias=False)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_plain_weight_gets_its_own_gradient(cpu_class, storage):
+    check_against_float64(cpu_class, (90, 300, 40), storage, temperature=1.6, plain=True)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.tuples(st.integers(0, 160), st.integers(1, 600), st.integers(1, 70)),
+    storage=st.sampled_from(STORAGES),
+    temperature=st.floats(0.3, 3),
+    with_bias=st.booleans(),
+)
+def test_ragged_shapes_against_float64(cpu_class, shape, storage, temperature, with_bias):
+    check_against_float64(cpu_class, shape, storage, temperature, with_bias)
+
+
+@golden_cases("token_logprob_entropy")
+def test_golden(precision, case):
+    """A row of logits is the column of a weight (V, 1) that a hidden state of 1 picks."""
+    dtype, temperature = precision.dtype, case["inputs"]["temperature"]
+    rows = torch.tensor(case["inputs"]["logits"], dtype=dtype).flatten(0, 1)
+    labels = torch.tensor(case["inputs"]["labels"]).flatten()
+    want = {k: torch.tensor(v, dtype=dtype).flatten(0, 1) for k, v in case["outputs"].items()}
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        loss, logprob, entropy, _, gradient = run(
+            torch.ones(1, 1, dtype=dtype), row[:, None], label[None], temperature, None, None,
+            weighted(torch.tensor([[1.0], [0.0]])),
+        )  # fmt: skip
+        precision.assert_close(loss, want["logprob"][i], case["name"])
+        precision.assert_close(logprob[0], want["logprob"][i], case["name"])
+        precision.assert_close(entropy[0], want["entropy"][i], case["name"])
+        precision.assert_close(gradient[:, 0], want["grad_logprob_wrt_logits"][i], case["name"])
+
+
+def case_of(n: int, v: int, h: int, storage: torch.dtype):
+    master = torch.randn(v, h)
+    return torch.randn(n, h), pack_weight(master, storage), torch.randint(v, (n,)), master
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_results_are_linear_logprobs_to_the_bit(cpu_class, storage):
+    hidden, weight, targets, master = case_of(301, 1025, 96, storage)
+    bias, slopes = torch.randn(1025), torch.randn(2, 301)
+    ours = run(hidden, weight, targets, 0.9, bias, master, weighted(slopes))
+    logprob, entropy = linear_logprob(hidden, weight, targets, 0.9, bias)
+    assert equal(ours[:3], [weighted(slopes)(logprob, entropy, slice(0, 301)), logprob, entropy])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("shape", [(70, 5311, 64), (1900, 33, 5)])
+def test_gradients_do_not_depend_on_the_threads_nor_on_the_run(cpu_class, storage, shape):
+    hidden, weight, targets, master = case_of(*shape, storage)
+    bias, slopes = torch.randn(shape[1]), torch.randn(2, shape[0])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(run(hidden, weight, targets, 1.0, bias, master, weighted(slopes)))
+    torch.set_num_threads(before)
+    assert equal(results[0], results[1]) and equal(results[1], results[2])
+
+
+def test_masked_and_extreme_logits(cpu_class):
+    """-inf adds nothing; a whole block of -inf, or one 1e4 below the rest, changes nothing."""
+    v, targets = 1000, torch.tensor([5, 600, 999])
+    hidden, weight, bias = torch.randn(3, 8), torch.randn(v, 8), torch.randn(1000)
+    bias[:3], bias[256:512], bias[700:720] = -torch.inf, -torch.inf, -1e4
+    loss = weighted(torch.randn(2, 3))
+    ours = run(hidden, weight, targets, 1.0, bias, None, loss)
+    truth = run(*(t.double() for t in (hidden, weight)), targets, 1.0, bias.double(), None, loss)
+    for o, t in zip(ours, truth, strict=True):
+        assert torch.isfinite(o).all()
+        torch.testing.assert_close(o.double(), t, rtol=2e-5, atol=3e-6)
+    masked = ~torch.isfinite(bias)
+    assert ours[4][masked].eq(0).all() and ours[5][masked].eq(0).all()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_ppos_loss_goes_through_in_pieces(cpu_class, storage):
+    """Its slope at a log-probability follows from that log-probability; the number of tokens is known."""
+    hidden, weight, targets, master = case_of(200, 700, 24, storage)
+    assert rows_of_piece(200) < 200
+    with torch.no_grad():
+        old = linear_logprob(hidden, weight, targets)[0] + 0.3 * torch.randn(200)
+    advantage = torch.randn(200)
+
+    def clipped(logprob: Tensor, _entropy: Tensor, rows: slice) -> Tensor:
+        return ppo_policy_loss(logprob, old[rows], advantage[rows], denominator=200.0)[0]
+
+    ours = run(hidden, weight, targets, 1.0, None, master, clipped)
+    whole = run(hidden, weight, targets, 1.0, None, master, clipped, linear_logprob_loss_reference)
+    assert equal(ours[:3], whole[:3]) and float(whole[3].norm()) > 0
+    for o, w in zip(ours[3:], whole[3:], strict=True):
+        apart = 1e-2 if cpu_class == "amx" and storage == torch.bfloat16 else 1e-5
+        assert float((o - w).norm() / w.norm()) < apart
+
+
+def test_the_gradients_of_the_loss_are_scaled(cpu_class):
+    hidden, weight, targets, master = case_of(5, 40, 6, torch.float32)
+    loss = weighted(torch.ones(2, 5))
+    once = run(hidden, weight, targets, 1.0, None, master, loss)
+    h, m = hidden.clone().requires_grad_(), master.clone().requires_grad_()
+    (linear_logprob_loss(h, weight, targets, loss, master=m)[0] * -4.0).backward()
+    assert equal([h.grad, m.grad], [once[3] * -4.0, once[4] * -4.0])
+
+
+def test_only_what_is_wanted_gets_a_gradient(cpu_class):
+    hidden, weight, targets, master = case_of(80, 50, 6, torch.float32)
+    loss = weighted(torch.ones(2, 80))
+    h, m = hidden.clone().requires_grad_(), master.clone().requires_grad_()
+    linear_logprob_loss(h, weight, targets, loss)[0].backward()
+    linear_logprob_loss(hidden, weight, targets, loss, master=m)[0].backward()
+    both = run(hidden, weight, targets, 1.0, None, master, loss)
+    assert equal([h.grad, m.grad], both[3:])
+    with torch.no_grad():
+        given = linear_logprob_loss(h, weight, targets, loss, master=m)
+    assert not given[0].requires_grad and equal(given, both[:3])
+    assert not linear_logprob_loss(hidden, weight, targets, loss)[0].requires_grad
+
+
+def test_a_loss_without_slopes_has_gradients_of_zero(cpu_class):
+    hidden, weight, targets, master = case_of(80, 50, 6, torch.float32)
+    constant = run(hidden, weight, targets, 1.0, None, master,
+                   lambda lp, _entropy, _rows: 0.0 * lp.detach().sum() + lp.sum() * 0.0)  # fmt: skip
+    assert not constant[3].any() and not constant[4].any()
+    h = hidden.clone().requires_grad_()
+    loss = linear_logprob_loss(h, weight, targets, lambda lp, *_: lp.detach().sum())[0]
+    if loss.requires_grad:  # the pieces' function always asks; linear_logprob's graph has nothing to ask
+        loss.backward()
+        assert not h.grad.any()
+
+
+def test_a_second_backward_is_refused(cpu_class):
+    hidden, weight, targets, _ = case_of(3, 40, 6, torch.float32)
+    loss, *_ = linear_logprob_loss(hidden.requires_grad_(), weight, targets, weighted(torch.ones(2, 3)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="its backward ran before"):
+        loss.backward()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
+def test_the_logits_never_exist():
+    def peak_kib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0])
+
+    n, v, h = 1200, 40_000, 8
+    hidden, targets = torch.randn(n, h, requires_grad=True), torch.randint(v, (n,))
+    weight, loss = torch.randn(v, h, requires_grad=True), weighted(torch.ones(2, n))
+    linear_logprob_loss(hidden[:2], weight, targets[:2], loss)[0].backward()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = peak_kib()
+    linear_logprob_loss(hidden, weight, targets, loss)[0].backward()
+    assert (peak_kib() - before) * 1024 < n * v * 4 / 8
+
+
+def test_gradcheck_of_the_definition():
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (6, 4), (6,))
+    )
+    targets, loss = torch.tensor([0, 5, 2]), weighted(torch.randn(2, 3))
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_logprob_loss(x, w, targets, loss, 0.7, b)[0], (hidden, weight, bias)
+    )
+
+
+def test_what_does_not_fit_is_named(cpu_class):
+    hidden, weight = torch.zeros(2, 3, requires_grad=True), torch.zeros(7, 3)
+    targets, loss = torch.tensor([0, 1]), weighted(torch.ones(2, 2))
+    for bad in (7, -100):
+        want = rf"targets\[1\]: got {bad}, want a token in \[0, 7\)"
+        with pytest.raises(ValueError, match=want):
+            linear_logprob_loss(hidden, weight, torch.tensor([0, bad]), loss)
+    with pytest.raises(ValueError, match=r"hidden: got shape \(2, 4\), want \(N, 3\)"):
+        linear_logprob_loss(torch.zeros(2, 4), weight, targets, loss)
+    with pytest.raises(ValueError, match=r"bias: got shape \(3,\), want \(7,\)"):
+        linear_logprob_loss(hidden, weight, targets, loss, 1.0, torch.zeros(3))
+    with pytest.raises(ValueError, match="temperature: got 0.0, want a number above 0"):
+        linear_logprob_loss(hidden, weight, targets, loss, 0.0)
+    with pytest.raises(ValueError, match="targets: got"):
+        linear_logprob_loss(hidden, weight, targets[:1], loss)
