@@ -137,7 +137,9 @@ void logprob_gradient(const Head& head, const Part& part, const RowGradients& ro
 
 int64_t kept_width(int64_t depth) { return (depth + kPanel - 1) / kPanel * kPanel; }
 
-// dH += dz W of a block: the weight's rows are read as they lie; those columns that do not fill a panel are copied out.
+constexpr int64_t kRowsOfWeight = 128;  // at once: a panel's part of them leaves room in the first cache
+
+// dH += dz W of some of a block: the weight's rows are read as they lie; those columns that do not fill a panel are copied out.
 template <class B>
 static void add_kept_hidden(const Head& head, int64_t rows, const float* dz, int64_t col0, int64_t cols, bool first,
                             const KeptGradients& to) {
@@ -146,7 +148,7 @@ static void add_kept_hidden(const Head& head, int64_t rows, const float* dz, int
   const char* weight = static_cast<const char*>(to.weight) + col0 * depth * size;
   const int64_t passes = (rows + kFmaRows - 1) / kFmaRows, calls = passes * (width / kPanel);
   const int64_t behind = col0 + cols < head.vocabulary ? cols * depth * size : 0;  // the next block, fetched meanwhile
-  alignas(64) char tail[kVocabularyBlock * B::kDepthBytes];
+  alignas(64) char tail[kRowsOfWeight * B::kDepthBytes];
   if (whole < depth) {
     std::memset(tail, 0, sizeof(tail));
     for (int64_t j = 0; j < cols; ++j)
@@ -202,10 +204,10 @@ void kept_gradients(const Head& head, int64_t rows, int64_t block0, int64_t bloc
         for (int64_t r = 0; r < rows; ++r) sum += dz[r * kKeptStride + j];
         to.db[col0 + j] = sum;
       }
-    if (to.hidden && head.weight.arithmetic == Arithmetic::f32)
-      add_kept_hidden<FloatRows>(head, rows, dz, col0, cols, b == block0, to);
-    else if (to.hidden)
-      add_kept_hidden<PairRows>(head, rows, dz, col0, cols, b == block0, to);
+    for (int64_t j = 0; to.hidden && j < cols; j += kRowsOfWeight) {
+      const auto add = head.weight.arithmetic == Arithmetic::f32 ? add_kept_hidden<FloatRows> : add_kept_hidden<PairRows>;
+      add(head, rows, dz + j, col0 + j, smaller(kRowsOfWeight, cols - j), b == block0 && j == 0, to);
+    }
     if (to.dw) add_kept_weight(head, rows, dz, col0, cols, to);
   }
 }
