@@ -156,12 +156,30 @@ def _unary_op(original: Callable[..., Any], handle: Callable[..., Any]) -> Calla
     return unary_op
 
 
+def _to_odd(number: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """A rounded number whose last bit says that something was lost: rounding it on is then rounding once."""
+    even = number.view(f"u{number.itemsize}") % 2 == 0
+    lost = np.isfinite(number) & (error != 0) & even
+    side = np.copysign(np.inf, error).astype(number.dtype)
+    return np.where(lost, np.nextafter(number, side), number)
+
+
+def _fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x y + z of bfloat16 bits, rounded once. The product is exact in float64; the sum's error is Knuth's."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        product, addend = widen(x).astype(np.float64) * widen(y), widen(z).astype(np.float64)
+        total = product + addend
+        back = total - product
+        total = _to_odd(total, (product - (total - back)) + (addend - back))
+        single = total.astype(np.float32)
+        return narrow(_to_odd(single, total - single))
+
+
 def _create_fma(original: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         if not _is_bfloat16(z):
             return original(self, x, y, z)
-        product = widen(x.data).astype(np.float64) * widen(y.data)
-        return handle(narrow((product + widen(z.data)).astype(np.float32)), tl.bfloat16)
+        return handle(_fma(x.data, y.data, z.data), tl.bfloat16)
 
     return create_fma
 

@@ -130,6 +130,30 @@ def test_arithmetic_is_torchs(dtype):
         )
 
 
+@pytest.mark.parametrize(
+    "x, y, z, want",
+    [
+        (17, 19, 0, 324),  # 323 lies between 322 and 324; the even one
+        (17, 19, -(2.0**-30), 322),  # lost in float32
+        (17, 19, -(2.0**-90), 322),  # and in float64
+        (-17, 19, 2.0**-90, -322),
+        (17, 19, 2.0**-90, 324),
+        (15, 23, 2.0**-90, 346),  # 345 between 344 and 346, of which 344 is even
+        (2.0**-90, 2.0**-90, 1, 1),
+        (1, 1, -1, 0),
+        (2.0**100, 2.0**100, 1, torch.inf),
+        (torch.inf, 0, 1, torch.nan),
+    ],
+)
+def test_an_fma_of_bfloat16_rounds_once(x, y, z, want):
+    given = (torch.tensor([float(a)], dtype=torch.bfloat16) for a in (x, y, z))
+    bits = _interpreter._fma(*(a.view(torch.uint16).numpy() for a in given))
+    ours = torch.from_numpy(bits).view(torch.bfloat16)
+    torch.testing.assert_close(
+        ours, torch.tensor([float(want)]).bfloat16(), rtol=0, atol=0, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dot(dtype):
     a, b = torch.randn(16, 64).to(dtype), torch.randn(64, 32).to(dtype)
