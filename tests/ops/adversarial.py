@@ -64,7 +64,10 @@ def kept(rows: int) -> torch.Tensor:
 
 
 def kept_head() -> Arguments:
-    return [*head(), torch.randint(0, V, (N,)), 0.7, randn(V), kept(N)]
+    """Logits are kept of products without tiles."""
+    weight = pack_weight(randn(V, H), F32 if engine.ops.cpu_class() == "amx" else BF16)
+    targets = torch.randint(0, V, (N,))
+    return [randn(N, H), weight.dense, packed_data(weight), targets, 0.7, randn(V), kept(N)]
 
 
 def kept_backward() -> Arguments:
