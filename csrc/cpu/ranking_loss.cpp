@@ -28,24 +28,27 @@ struct Prompts {
   bool wide_rank;
   const int32_t* offset;
   int64_t number;
+  int64_t answers;  // of the whole batch
 };
 
 struct RankingSums {
   double loss;  // divided
   int64_t pairs, correct;
+  bool finite;  // all ranks
 };
+
+constexpr int64_t kPromptsPerBlock = 64;  // sums are added block by block, in order
 
 }  // namespace engine
 
 // What the prompts add to the denominator.
 ENGINE_KERNEL(int64_t, ranking_count, (const Prompts& prompts, int64_t reduction))
-ENGINE_KERNEL(bool, ranks_are_finite, (const Prompts& prompts))
-// The prompts' part of the loss and its gradient. `sum` has room for the answers of one prompt.
+// The part in the loss and the gradient of a block of prompts at most. `sum` has room for the answers of one prompt.
 ENGINE_KERNEL(RankingSums, ranking_prompts,
               (const Prompts& prompts, int64_t reduction, double total, double* sum, float* grad))
 
 #ifdef ENGINE_CLASS
-#include "vec_double.h"
+#include "ranking_lanes.h"
 
 namespace engine::ENGINE_CLASS {
 
@@ -72,13 +75,6 @@ ENGINE_INLINE int64_t count_of(const T* rank, const Prompts& prompts, int64_t re
   return count;
 }
 
-template <typename T, typename Count>
-ENGINE_INLINE bool all_finite(const T* rank, int64_t n) {
-  Count odd = 0;
-  for (int64_t i = 0; i < n; ++i) odd |= !(rank[i] - rank[i] == 0);
-  return odd == 0;
-}
-
 // One prompt of any size and with scores of any size: its undivided sums. `sum` holds the gradient.
 template <typename T>
 ENGINE_INLINE RankingSums one_prompt(const float* score, const T* rank, int64_t n, double* sum) {
@@ -99,144 +95,187 @@ ENGINE_INLINE RankingSums one_prompt(const float* score, const T* rank, int64_t 
   return all;
 }
 
-// Most prompts have few answers, with scores that are not far apart. They lie side by side, one a lane. Then
-// e^s is computed once an answer, sigmoid(s_l - s_w) = e^s_l / (e^s_l + e^s_w), and the sum of -log sigmoid is one
-// logarithm: of the product over all pairs, which is above 1e-250 (and each factor below 1 by 1e-7 at least).
-constexpr int kMost = 9;       // answers of a prompt, the paper's most
-constexpr double kNear = 8.0;  // of each score to the prompt's first
+ENGINE_INLINE double weight_of(int64_t reduction, int64_t answers, int64_t pairs, double total) {
+  return pairs > 0 ? 1.0 / (share_of(reduction, answers, pairs).divisor * total) : 0.0;
+}
 
-struct Lanes {
-  double score[kMost][kHalf], rank[kMost][kHalf];  // an answer that is not there has rank nan: no pair
-  bool together[kHalf];
-  int64_t answers[kHalf];
-  int most;
+// Most prompts have few answers, with scores that are not far apart. They lie side by side, one a lane
+// (ranking_lanes.h); the others are done one by one. The way that a prompt goes follows from that prompt alone.
+template <typename T>
+struct Block {
+  const Prompts& prompts;
+  const T* rank;
+  int64_t reduction;
+  double total;
+  double* sum;
+  float* grad;
+  RankingSums sums{0.0, 0, 0, true};
+  vint pairs{}, correct{};
+  vfloat odd{};  // nan where a rank is not finite
+  // Logarithms are left to the end: one after the other each would wait for its own last step.
+  Lanes::Product product[kPromptsPerBlock / kHalf];
+  vwide weight[kPromptsPerBlock / kHalf];
+  int halves = 0;
 };
+
+// Takes a group's sums; returns what its gradients are multiplied by. Its prompts have answers[lane] answers each; where
+// all_pairs, the same number, and all pairs that there can be.
+template <typename T>
+ENGINE_INLINE vfloat keep(Block<T>& block, const Lanes& lanes, bool all_pairs, const int64_t* answers) {
+  double weights[kLanes];
+  float narrow[kLanes];
+  int32_t pairs[kLanes];
+  std::memcpy(pairs, &lanes.pairs, sizeof(pairs));
+  const double same = weight_of(block.reduction, answers[0], pairs[0], block.total);
+  for (int lane = 0; lane < kLanes && !all_pairs; ++lane) {
+    weights[lane] = weight_of(block.reduction, answers[lane], pairs[lane], block.total);
+    narrow[lane] = static_cast<float>(weights[lane]);
+  }
+  block.pairs += lanes.pairs;
+  block.correct += lanes.correct;
+  for (int h = 0; h < 2; ++h, ++block.halves) {
+    block.product[block.halves] = lanes.product[h];
+    if (all_pairs)
+      block.weight[block.halves] = splat_wide(same);
+    else
+      std::memcpy(&block.weight[block.halves], weights + h * kHalf, sizeof(vwide));
+  }
+  return all_pairs ? splat(static_cast<float>(same)) : load(narrow);
+}
 
 template <typename T>
-ENGINE_INLINE void lay(const Prompts& prompts, const T* rank, int64_t first, Lanes& lanes) {
-  lanes.most = 0;
-  for (int lane = 0; lane < kHalf; ++lane) {
-    const int64_t s = first + lane, at = s < prompts.number ? prompts.offset[s] : 0;
-    const int64_t n = s < prompts.number ? prompts.offset[s + 1] - at : 0;
-    bool together = n <= kMost;
-    for (int64_t i = 0; together && i < n; ++i) {
-      const double score = prompts.score[at + i], apart = score - prompts.score[at];
-      together = apart >= -kNear && apart <= kNear;  // not where one is nan
-      lanes.score[i][lane] = score;
-      lanes.rank[i][lane] = rank[at + i];
-    }
-    lanes.together[lane] = together;
-    lanes.answers[lane] = n;
-    if (together && n > lanes.most) lanes.most = static_cast<int>(n);
+static void alone(Block<T>& block, int64_t s) {
+  const int64_t at = block.prompts.offset[s], n = block.prompts.offset[s + 1] - at;
+  const RankingSums own = one_prompt(block.prompts.score + at, block.rank + at, n, block.sum);
+  const double weight = weight_of(block.reduction, n, own.pairs, block.total);
+  for (int64_t i = 0; i < n; ++i) block.grad[at + i] = static_cast<float>(weight * block.sum[i]);
+  block.sums.loss += weight * own.loss;
+  block.sums.pairs += own.pairs;
+  block.sums.correct += own.correct;
+}
+
+// kLanes prompts of K answers each.
+template <int K, typename T>
+static void even_group(Block<T>& block, int64_t first) {
+  const int64_t at = block.prompts.offset[first];
+  const float *score = block.prompts.score + at, *rank = static_cast<const float*>(block.prompts.rank) + at;
+  float* grad = block.grad + at;
+  Lanes lanes;
+  lay<K>([=](int lane) { return score + lane * K; }, lanes.score);
+  lay<K>([=](int lane) { return rank + lane * K; }, lanes.rank);
+  for (int i = 0; i < K; ++i) block.odd += lanes.rank[i] * 0.0f;
+  const bool all_pairs = sum_lanes<K>(lanes);
+  int64_t answers[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) answers[lane] = K;
+  const vfloat share = keep(block, lanes, all_pairs, answers);
+  for (int i = 0; i < K; ++i) lanes.grad[i] *= share;
+  put_back<K>(lanes.grad, grad);
+  if (any_lane(lanes.apart)) {
+    int32_t apart[kLanes];
+    std::memcpy(apart, &lanes.apart, sizeof(apart));
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (apart[lane]) alone(block, first + lane);
   }
-  for (int lane = 0; lane < kHalf; ++lane)
-    for (int64_t i = lanes.together[lane] ? lanes.answers[lane] : 0; i < lanes.most; ++i) {
-      lanes.score[i][lane] = i == 0 || !lanes.together[lane] ? 0.0 : lanes.score[0][lane];
-      lanes.rank[i][lane] = __builtin_nan("");
-    }
 }
 
-ENGINE_INLINE vwide load_lanes(const double* p) {
-  vwide v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-// e^x for |x| <= kNear: x = n ln 2 + r, Taylor to r^11 (the rest is below 7e-15), n added to the exponent.
-ENGINE_INLINE vwide exp_near(vwide x) {
-  const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, in the lowest bits
-  const vwide shifted = x * 1.4426950408889634 + magic;
-  const vwide r = x - (shifted - magic) * 0.6931471805599453;
-  vwide p = splat_wide(1.0);
-#pragma GCC unroll 11
-  for (int k = 11; k > 0; --k) p = p * (r * (1.0 / k)) + 1.0;
-  return (vwide)((vwide_bits)p + ((vwide_bits)shifted << 52));
-}
-
-// log x for normal x > 0: x = 2^k m with m in [0.707, 1.414), log m = 2 atanh((m - 1) / (m + 1)) to its 17th power.
-ENGINE_INLINE vwide log_of(vwide x) {
-  const vwide_int above = (vwide_int)x - 0x3fe6a09e667f3bcd;  // the bits of the root of 1/2
-  const vwide_int k = above >> 52;
-  const vwide m = (vwide)((vwide_bits)x - ((vwide_bits)k << 52));
-  const vwide s = (m - 1.0) / (m + 1.0), square = s * s;
-  vwide p = splat_wide(1.0 / 17);
-#pragma GCC unroll 8
-  for (int odd = 15; odd > 0; odd -= 2) p = p * square + 1.0 / odd;
-  return __builtin_convertvector(k, vwide) * 0.6931471805599453 + 2.0 * s * p;
-}
-
-struct LaneSums {
-  double grad[kMost][kHalf], loss[kHalf];
-  int64_t pairs[kHalf], correct[kHalf];
-};
-
-ENGINE_INLINE void add_pairs(const Lanes& lanes, LaneSums& out) {
-  vwide e[kMost], score[kMost], rank[kMost], grad[kMost];
-  for (int i = 0; i < lanes.most; ++i) {
-    score[i] = load_lanes(lanes.score[i]);
-    rank[i] = load_lanes(lanes.rank[i]);
-    e[i] = exp_near(score[i] - score[0]);
-    grad[i] = vwide{};
+// Ranks as float32 of the same order: themselves where they fit, else how many are less.
+ENGINE_INLINE void narrow_ranks(const float* rank, int64_t n, float* out) { std::memcpy(out, rank, n * sizeof(float)); }
+ENGINE_INLINE void narrow_ranks(const double* rank, int64_t n, float* out) {
+  bool fit = true;
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<float>(rank[i]);
+    fit &= out[i] == rank[i];
   }
-  vwide product = splat_wide(1.0);
-  vwide_int pairs{}, correct{};
-  for (int i = 0; i < lanes.most; ++i) {
-    vwide own = grad[i];
-    for (int j = i + 1; j < lanes.most; ++j) {
-      // e of the loser: positive where i wins, negative where j wins, 0 where there is no pair
-      const vwide_int first = rank[i] < rank[j], second = rank[j] < rank[i];
-      const vwide loser = (vwide)((vwide_int)e[j] & first) - (vwide)((vwide_int)e[i] & second);
-      const vwide wrong = loser / (e[i] + e[j]);
-      own -= wrong;
-      grad[j] += wrong;
-      product -= product * (wrong < 0.0 ? -wrong : wrong);
-      pairs -= loser != 0.0;  // a mask is -1
-      correct -= loser * (score[i] - score[j]) > 0.0;
-    }
-    grad[i] = own;
+  for (int64_t i = 0; i < n && !fit; ++i) {
+    int64_t less = 0;
+    for (int64_t j = 0; j < n; ++j) less += rank[j] < rank[i];
+    out[i] = static_cast<float>(less);
   }
-  const vwide loss = -log_of(product);
-  for (int i = 0; i < lanes.most; ++i) std::memcpy(out.grad[i], &grad[i], sizeof(vwide));
-  std::memcpy(out.loss, &loss, sizeof(loss));
-  std::memcpy(out.pairs, &pairs, sizeof(pairs));
-  std::memcpy(out.correct, &correct, sizeof(correct));
+}
+
+// Up to kLanes prompts of any sizes, `count` of them.
+template <typename T>
+static void any_group(Block<T>& block, int64_t first, int count) {
+  float score[kRoom][kLanes], rank[kRoom][kLanes], grad[kMost][kLanes];
+  int64_t answers[kLanes];
+  int most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t at = block.prompts.offset[first + (lane < count ? lane : 0)];
+    const int64_t n = lane < count ? block.prompts.offset[first + lane + 1] - at : 0;
+    for (int64_t i = 0; i < n; ++i) block.sums.finite &= block.rank[at + i] - block.rank[at + i] == 0;
+    answers[lane] = n > kMost ? 0 : n;
+    float narrow[kMost];
+    narrow_ranks(block.rank + at, answers[lane], narrow);
+    for (int64_t i = 0; i < kRoom; ++i) {
+      score[i][lane] = i < answers[lane] ? block.prompts.score[at + i] : answers[lane] > 0 ? score[0][lane] : 0.0f;
+      rank[i][lane] = i < answers[lane] ? narrow[i] : kInf;
+    }
+    if (answers[lane] > most) most = static_cast<int>(answers[lane]);
+  }
+  Lanes lanes;
+  std::memcpy(lanes.score, score, sizeof(score));
+  std::memcpy(lanes.rank, rank, sizeof(rank));
+  const bool all_pairs = sum_any(lanes, most);
+  const vfloat share = keep(block, lanes, all_pairs, answers);
+  for (int i = 0; i < most; ++i) lanes.grad[i] *= share;
+  std::memcpy(grad, lanes.grad, sizeof(grad));
+  int32_t apart[kLanes];
+  std::memcpy(apart, &lanes.apart, sizeof(apart));
+  for (int lane = 0; lane < count; ++lane) {
+    const int64_t at = block.prompts.offset[first + lane];
+    for (int64_t i = 0; i < answers[lane]; ++i) block.grad[at + i] = grad[i][lane];
+    if (apart[lane] || block.prompts.offset[first + lane + 1] - at > kMost) alone(block, first + lane);
+  }
+}
+
+// K where kLanes prompts from `first` on have K answers each that may be laid as they are, 0 elsewhere.
+ENGINE_INLINE int64_t even_answers(const Prompts& prompts, int64_t first) {
+  const int32_t* offset = prompts.offset + first;
+  if (prompts.wide_rank || first + kLanes > prompts.number) return 0;
+  const int64_t n = offset[1] - offset[0];
+  int32_t other = 0;
+  for (int lane = 0; lane < kLanes; ++lane) other |= (offset[lane + 1] - offset[lane]) ^ static_cast<int32_t>(n);
+  return other == 0 && offset[kLanes - 1] + kRoom <= prompts.answers ? n : 0;
 }
 
 template <typename T>
 ENGINE_INLINE RankingSums prompts_of(const T* rank, const Prompts& prompts, int64_t reduction, double total,
                                      double* sum, float* grad) {
-  RankingSums all{};
-  Lanes lanes;
-  LaneSums sums;
-  for (int64_t first = 0; first < prompts.number; first += kHalf) {
-    lay(prompts, rank, first, lanes);
-    add_pairs(lanes, sums);
-    for (int lane = 0; lane < kHalf && first + lane < prompts.number; ++lane) {
-      const int64_t at = prompts.offset[first + lane], n = lanes.answers[lane];
-      const bool apart = !lanes.together[lane];
-      RankingSums own{sums.loss[lane], sums.pairs[lane], sums.correct[lane]};
-      if (apart) own = one_prompt(prompts.score + at, rank + at, n, sum);
-      const double weight = own.pairs > 0 ? 1.0 / (share_of(reduction, n, own.pairs).divisor * total) : 0.0;
-      const double* from = apart ? sum : &sums.grad[0][lane];
-      const int64_t step = apart ? 1 : kHalf;
-      for (int64_t i = 0; i < n; ++i) grad[at + i] = static_cast<float>(weight * from[i * step]);
-      all.loss += weight * own.loss;
-      all.pairs += own.pairs;
-      all.correct += own.correct;
+  Block<T> block{prompts, rank, reduction, total, sum, grad};
+  for (int64_t first = 0; first < prompts.number; first += kLanes) {
+    switch (even_answers(prompts, first)) {
+      case 2: even_group<2>(block, first); break;
+      case 3: even_group<3>(block, first); break;
+      case 4: even_group<4>(block, first); break;
+      case 5: even_group<5>(block, first); break;
+      case 6: even_group<6>(block, first); break;
+      case 7: even_group<7>(block, first); break;
+      case 8: even_group<8>(block, first); break;
+      case 9: even_group<9>(block, first); break;
+      default: {
+        const int64_t left = prompts.number - first;
+        any_group(block, first, static_cast<int>(left < kLanes ? left : kLanes));
+      }
     }
   }
+  vwide loss{};
+  for (int h = 0; h < block.halves; ++h) loss += block.weight[h] * log_of(block.product[h].p, block.product[h].u);
+  RankingSums all = block.sums;
+  all.loss += hsum(loss);
+  int32_t pairs[kLanes], correct[kLanes];
+  std::memcpy(pairs, &block.pairs, sizeof(pairs));
+  std::memcpy(correct, &block.correct, sizeof(correct));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    all.pairs += pairs[lane];
+    all.correct += correct[lane];
+  }
+  all.finite &= !any_lane(block.odd != block.odd);
   return all;
 }
 
 int64_t ranking_count(const Prompts& prompts, int64_t reduction) {
   return prompts.wide_rank ? count_of(static_cast<const double*>(prompts.rank), prompts, reduction)
                            : count_of(static_cast<const float*>(prompts.rank), prompts, reduction);
-}
-
-bool ranks_are_finite(const Prompts& prompts) {
-  const int64_t at = prompts.offset[0], n = prompts.offset[prompts.number] - at;
-  return prompts.wide_rank ? all_finite<double, int64_t>(static_cast<const double*>(prompts.rank) + at, n)
-                           : all_finite<float, int32_t>(static_cast<const float*>(prompts.rank) + at, n);
 }
 
 RankingSums ranking_prompts(const Prompts& prompts, int64_t reduction, double total, double* sum, float* grad) {
@@ -261,20 +300,37 @@ RankingSums ranking_prompts(const Prompts& prompts, int64_t reduction, double to
 namespace engine {
 namespace {
 
-constexpr int64_t kPromptsPerBlock = 64, kBlocksPerTask = 16;  // sums are added block by block, in order
+constexpr int64_t kBlocksPerTask = 16;
 
-// run(block, prompts of the block) for all blocks, on all threads.
+// run(block, prompts of the block, room) for all blocks, on all threads; `room` is for so many numbers.
 template <typename Run>
-void in_blocks(const Prompts& all, const Run& run) {
+void in_blocks(const Prompts& all, int64_t numbers, const Run& run) {
   const int64_t blocks = (all.number + kPromptsPerBlock - 1) / kPromptsPerBlock;
   at::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+    std::vector<double> room(numbers);
     for (int64_t b = begin; b < end; ++b) {
       Prompts some = all;
       some.offset += b * kPromptsPerBlock;
       some.number = std::min(kPromptsPerBlock, all.number - b * kPromptsPerBlock);
-      run(b, some);
+      run(b, some, room.data());
     }
   });
+}
+
+// The answers of the longest prompt. Offsets are checked here at the speed of vectors; check_offsets says what is wrong.
+int64_t longest_of(const at::Tensor& cu, int64_t total) {
+  if (!cu.device().is_cpu() || cu.scalar_type() != at::kInt || !cu.is_contiguous() || cu.dim() != 1 || cu.numel() < 1)
+    check_offsets(cu, total, "cu");  // raises
+  const int32_t* offset = cu.const_data_ptr<int32_t>();
+  const int64_t last = cu.numel() - 1;
+  int32_t falls = 0, longest = 0;
+  for (int64_t s = 0; s < last; ++s) {
+    falls |= offset[s] > offset[s + 1];
+    const int32_t n = static_cast<int32_t>(static_cast<uint32_t>(offset[s + 1]) - static_cast<uint32_t>(offset[s]));
+    longest = n > longest ? n : longest;
+  }
+  if (falls != 0 || offset[0] != 0 || offset[last] != total) check_offsets(cu, total, "cu");  // raises
+  return longest;
 }
 
 // Raises ValueError at the first rank that is not finite.
@@ -290,7 +346,7 @@ void refuse_ranks(const at::Tensor& rank) {
 double own_denominator(const Prompts& prompts, int64_t reduction, int64_t num_blocks) {
   std::vector<int64_t> counts(num_blocks);
   const auto count = pick_ranking_count();
-  in_blocks(prompts, [&](int64_t b, const Prompts& some) { counts[b] = count(some, reduction); });
+  in_blocks(prompts, 0, [&](int64_t b, const Prompts& some, double*) { counts[b] = count(some, reduction); });
   int64_t total = 0;
   for (int64_t each : counts) total += each;
   return static_cast<double>(total);
@@ -308,33 +364,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ranking_loss(const at
   TORCH_CHECK_VALUE(rank.scalar_type() == at::kDouble || rank.scalar_type() == at::kFloat, "rank: got dtype ",
                     rank.scalar_type(), ", want float32 or float64");
   TORCH_CHECK_VALUE(rank.sizes() == score.sizes(), "rank: got shape ", rank.sizes(), ", want ", score.sizes());
-  check_offsets(cu, num_answers, "cu");
+  const int64_t longest = longest_of(cu, num_answers);
   const Prompts prompts{score.const_data_ptr<float>(), rank.const_data_ptr(), rank.scalar_type() == at::kDouble,
-                        cu.const_data_ptr<int32_t>(), cu.numel() - 1};
+                        cu.const_data_ptr<int32_t>(), cu.numel() - 1, num_answers};
   const int64_t num_blocks = (prompts.number + kPromptsPerBlock - 1) / kPromptsPerBlock;
   const double total = denominator ? *denominator : own_denominator(prompts, reduction, num_blocks);
 
   at::Tensor grad = at::empty_like(score);
   float* gradients = grad.data_ptr<float>();
   std::vector<RankingSums> sums(num_blocks);
-  std::vector<char> finite(num_blocks);
   const auto run = pick_ranking_prompts();
-  const auto check = pick_ranks_are_finite();
-  in_blocks(prompts, [&](int64_t b, const Prompts& some) {
-    int64_t longest = 0;
-    for (int64_t s = 0; s < some.number; ++s)
-      longest = std::max<int64_t>(longest, some.offset[s + 1] - some.offset[s]);
-    std::vector<double> room(longest);
-    finite[b] = check(some);
-    sums[b] = run(some, reduction, total, room.data(), gradients);
+  in_blocks(prompts, longest, [&](int64_t b, const Prompts& some, double* room) {
+    sums[b] = run(some, reduction, total, room, gradients);
   });
-  if (std::find(finite.begin(), finite.end(), 0) != finite.end()) refuse_ranks(rank);
-  RankingSums all{};
+  RankingSums all{0.0, 0, 0, true};
   for (const RankingSums& each : sums) {
     all.loss += each.loss;
     all.pairs += each.pairs;
     all.correct += each.correct;
+    all.finite &= each.finite;
   }
+  if (!all.finite) refuse_ranks(rank);
   return {at::scalar_tensor(all.loss, score.options()), scalar(all.pairs), scalar(all.correct), grad};
 }
 
