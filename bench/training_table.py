@@ -17,7 +17,7 @@ LINES = {  # (workload, peer): what it says, in the order of the table
     ("sft-ragged", "hf"): ("SFT steps, 64 real demonstrations", "transformers"),
     ("rm", "hf"): ("reward model, 2 prompts with 4 answers each", "transformers"),
     ("rm-repeated", "prompts repeated"): ("the same", "itself, prompts repeated"),
-    ("linear_logprob", "torch"): ("`linear_logprob`, 2048 × 49152", "the best of torch"),
+    ("linear_logprob", "torch"): ("`linear_logprob_loss`, 2048 × 49152", "the best of torch"),
 }
 SEQUENCES = {"ppo": 32, "ppo-ragged": 24, "ppo-update": 32, "sft": 16, "sft-ragged": 64, "rm": 2}
 SEQUENCES |= {"rm-repeated": 2, "linear_logprob": 2048}
