@@ -27,6 +27,7 @@ Loss = Callable[[Tensor, Tensor, slice], Tensor]
 BLOCK, STRIDE = 256, 272  # of the vocabulary, and floats from a kept row to the next: csrc/cpu/logprob.h
 GROUPS = 16  # shares of a piece's dH that are held: csrc/cpu/linear_logprob_loss.cpp
 FEWEST, MOST, PART = 60, 192, 32  # rows of a piece: a 32nd of all, whose logits are 3 % of all
+LEAST = 4 * FEWEST  # of fewer rows, the logits of a piece would be those of all, or nearly
 
 
 def rows_of_piece(rows: int) -> int:
@@ -63,8 +64,9 @@ def linear_logprob_loss(
 
     Gradients of the loss to hidden, bias and weight (or `master`) as linear_logprob's; the other two come without.
     `loss` is called for pieces of the rows and once for all of them, so it must be such a sum: a mean divides by a
-    number that it knows beforehand. Differentiable once. On class amx with a bfloat16 weight, on a GPU and where no
-    gradient is asked for, this is linear_logprob and the loss of its results. Raises ValueError as linear_logprob does.
+    number that it knows beforehand. Differentiable once. On class amx with a bfloat16 weight, on a GPU, where no gradient
+    is asked for, and of fewer than LEAST rows, this is linear_logprob and the loss of its results. Raises ValueError as
+    linear_logprob does.
     """
     check_head(hidden, weight, temperature, bias, master)
     dense = weight if isinstance(weight, Tensor) else weight.dense
@@ -84,7 +86,7 @@ def linear_logprob_loss(
 
 def _in_pieces(hidden: Tensor, dense: Tensor) -> bool:
     """Where a product takes as long as the memory it reads, as on tiles, pieces would read the weight too often."""
-    if choose("linear_logprob", hidden, dense) != "cpp":
+    if len(hidden) < LEAST or choose("linear_logprob", hidden, dense) != "cpp":
         return False
     return dense.dtype == torch.float32 or cpu_class() != "amx"
 

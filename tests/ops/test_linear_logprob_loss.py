@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.kernels import linear_logprob_loss as room
 from engine.kernels.linear import PackedWeight, pack_weight
 from engine.kernels.linear_logprob import linear_logprob
 from engine.kernels.linear_logprob_loss import (
@@ -24,6 +25,23 @@ STORAGES = [torch.float32, torch.bfloat16]
 SHAPES = [  # N, V, H
     (1, 1, 1), (2, 2, 3), (3, 97, 5), (17, 577, 33), (5, 1025, 576), (73, 256, 64), (150, 2311, 31), (145, 300, 16),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_rows_in_pieces(monkeypatch):
+    monkeypatch.setattr(room, "LEAST", 0)
+
+
+def test_few_rows_do_not_go_in_pieces(monkeypatch):
+    """Their logits would exist whole."""
+    monkeypatch.undo()
+    assert room.LEAST >= 3 * room.FEWEST
+    with monkeypatch.context() as patch:
+        patch.setattr(room._Pieces, "apply", lambda *_: pytest.fail("in pieces"))
+        hidden, weight = torch.randn(room.LEAST - 1, 4, requires_grad=True), torch.randn(9, 4)
+        targets, loss = torch.zeros(len(hidden), dtype=torch.int64), weighted(torch.ones(2, 999))
+        linear_logprob_loss(hidden, weight, targets, loss)[0].backward()
+    assert hidden.grad.any()
 
 
 def weighted(slopes: Tensor):  # (2, N)

@@ -10,6 +10,7 @@ from stages.tiny_data import write_all
 
 import engine
 from engine.data.text import Example
+from engine.kernels import linear_logprob_loss
 from engine.model.transformer import Model
 from engine.model.weights import scalar_from_policy
 from engine.stages.inputs import SFTData
@@ -19,6 +20,7 @@ from engine.stages.ppo.ptx import backward_lm_loss
 from engine.stages.ppo.update import Means, Targets, policy_backward, token_rows, value_backward
 from engine.stages.sft import SFTStage
 
+PIECES = 4095  # a budget for all at once, whose head goes piece by piece
 ROUNDING = 2e-5  # of a parameter's largest entry: float32 sums over some hundred tokens in another order
 
 
@@ -42,12 +44,20 @@ def base(tmp_path_factory):
     return save_tiny("llama", tmp_path_factory.mktemp("cuts") / "model")
 
 
+def in_small_pieces(patch) -> None:
+    """Twelve rows at a time go through the head forward and backward."""
+    patch.setattr(linear_logprob_loss, "LEAST", 1)
+    patch.setattr(linear_logprob_loss, "FEWEST", 12)
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_sft(mode, base):
+def test_sft(mode, base, monkeypatch):
     model = engine.load_policy(base, "float32", trainable=True)
     rows = [Example(tuple(range(3, 3 + n)), 2, 2, "") for n in (9, 30, 4, 17, 23)]
     found = []
-    for budget in (4096, 40, 1):
+    for budget in (4096, 40, 1, PIECES):
+        if budget == PIECES:
+            in_small_pieces(monkeypatch)
         config = engine.SFTConfig(
             model_name_or_path="m",
             output_dir="o",
@@ -61,7 +71,7 @@ def test_sft(mode, base):
         assert_same(found[0], cut)
 
 
-def test_ppo_and_its_pretraining_term(base, tmp_path):
+def test_ppo_and_its_pretraining_term(base, tmp_path, monkeypatch):
     data = write_all(tmp_path)
     config = engine.PPOConfig(
         model_name_or_path=str(base),
@@ -89,7 +99,9 @@ def test_ppo_and_its_pretraining_term(base, tmp_path):
     targets = Targets(rollouts, scores, advantages, (), 0.0, 0.0, 0, 0)
     text = [list(range(5, 5 + n)) for n in (12, 12, 7)]
     found = []
-    for budget in (4096, 40, 1):
+    for budget in (4096, 40, 1, PIECES):
+        if budget == PIECES:
+            in_small_pieces(monkeypatch)
         for answers in forward.micro_batches(rollouts, range(4), budget):
             rows = token_rows(rollouts.cu.tolist(), answers)
             policy_backward(policy.model, targets, answers, rows, count, ppo.config, Means())
