@@ -64,9 +64,9 @@ def linear_logprob_loss(
 
     Gradients of the loss to hidden, bias and weight (or `master`) as linear_logprob's; the other two come without.
     `loss` is called for pieces of the rows and once for all of them, so it must be such a sum: a mean divides by a
-    number that it knows beforehand. Differentiable once. On class amx with a bfloat16 weight, on a GPU, where no gradient
-    is asked for, and of fewer than LEAST rows, this is linear_logprob and the loss of its results. Raises ValueError as
-    linear_logprob does.
+    number that it knows beforehand. Differentiable once. On class amx with a bfloat16 weight, on a GPU, where no
+    gradient is asked for, and of fewer than LEAST rows, this is linear_logprob and the loss of its results. Raises
+    ValueError as linear_logprob does.
     """
     check_head(hidden, weight, temperature, bias, master)
     dense = weight if isinstance(weight, Tensor) else weight.dense
