@@ -179,7 +179,9 @@ static void even_group(Block<T>& block, int64_t first) {
 }
 
 // Ranks as float32 of the same order: themselves where they fit, else how many are less.
-ENGINE_INLINE void narrow_ranks(const float* rank, int64_t n, float* out) { std::memcpy(out, rank, n * sizeof(float)); }
+ENGINE_INLINE void narrow_ranks(const float* rank, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = rank[i];  // no memcpy: of a batch without answers there is no memory
+}
 ENGINE_INLINE void narrow_ranks(const double* rank, int64_t n, float* out) {
   bool fit = true;
   for (int64_t i = 0; i < n; ++i) {
