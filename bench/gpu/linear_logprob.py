@@ -24,9 +24,7 @@ def make_backward(device: str, dtype: torch.dtype, N: int, V: int, H: int) -> tu
     return (*make(device, dtype, N, V, H), torch.zeros_like(log_sum), log_sum, log_sum.clone())
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
-) -> object:
+def forward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> object:
     from engine.kernels.triton.linear_logprob import linear_logprob
 
     data = weight.new_empty(0, dtype=torch.uint8)
@@ -85,7 +83,7 @@ SMALL, SMALLER = {"N": 30, "V": 600, "H": 576}, {"N": 30, "V": 300, "H": 256}
 WHY = (
     "each tile loads its hidden states and its rows of the weight: N V H size (1 / BLOCK_M + 1 / BLOCK_N) bytes in all,"
     " of which the second cache serves all but the compulsory ones while ROWS hidden states fit it; forward, 3 numbers"
-    " a row and tile (a vocabulary above 65,536: a row and 16 tiles) are stored and loaded, 24 N V / BLOCK_N bytes"
+    " a row and tile (of many rows in 16 bits: a row and 16 tiles) are stored and loaded, 24 N V / BLOCK_N bytes"
 )
 
 

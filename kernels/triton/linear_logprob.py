@@ -5,9 +5,9 @@
     logprob = (z_y - M) - log S,  entropy = log S - B / S
 
 A tile lives in registers, and PIECE tiles are joined there one after the other: memory holds 3 numbers a row and
-piece. Of fewer rows than MANY it holds 3 a row and tile, and the tiles of a piece are joined where pieces are merged,
-by the same function in the same order. The widths of tiles and pieces depend on the vocabulary alone, so that a row's
-result does not depend on the other rows, nor on which of the two it was.
+piece. Where that would leave fewer than MANY programs it holds 3 a row and tile, and the tiles of a piece are joined
+where pieces are merged, by the same function in the same order. The widths of tiles and pieces depend on the vocabulary
+alone, so that a row's result does not depend on the other rows, nor on which of the two it was.
 The gradient of the logits is made again a slab of the vocabulary at a time; the products with it are the library's.
 """
 
@@ -68,6 +68,16 @@ def _joined(most, total, weighted, m, s, b):
     return higher, scale * total + scales * s, weighted
 
 
+@triton.jit
+def _store_target(target_z, row, inside, target, z, column, V: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The target's logit, from the same sums as the statistics, where a tile holds it."""
+    y = target - column
+    here = inside & (y >= 0) & (y < BLOCK_N) & (y + column < V)
+    # a gather: comparing each column with y would take registers from a second block
+    z_y = tl.gather(z, tl.where(here, y, 0).to(tl.int32)[:, None], 1)
+    tl.store(target_z + row, tl.sum(z_y, 1), mask=here)
+
+
 # N is not specialised in: a kernel compiled for a multiple of 16 might sum a row in another order.
 @triton.jit(do_not_specialize=["N"])
 def _statistics(
@@ -101,17 +111,15 @@ def _statistics(
             V, H, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
-        # the target's logit is picked from the same sums
-        y = target - column
-        z_y = tl.sum(tl.where(y[:, None] == tl.arange(0, BLOCK_N)[None, :], z, 0.0), 1)
-        here = inside & (y >= 0) & (y < BLOCK_N) & (y + column < V)
-        tl.store(target_z + row, z_y, mask=here)
-
+        if PIECE > 1:
+            _store_target(target_z, row, inside, target, z, column, V, BLOCK_N)
         m = tl.max(z, 1)
         below = z - tl.where(m == float("-inf"), 0.0, m)[:, None]
         e = tl.exp(below)
         b = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)  # 0 times -inf is 0
         most, total, weighted = _joined(most, total, weighted, m, tl.sum(e, 1), b)
+        if PIECE == 1:  # of one tile this place takes fewer registers, of more the other one
+            _store_target(target_z, row, inside, target, z, column, V, BLOCK_N)
     out = statistics + tl.cast(piece, tl.int64) * N + row
     plane = tl.cast(pieces, tl.int64) * N
     tl.store(out, most, mask=inside)
@@ -235,10 +243,7 @@ def table(name: str, weight: Tensor) -> Config:
 
 
 def without_pieces(tuned: Config) -> tuple[Config, int, int]:
-    """What the kernels are given; the tiles of a piece; and the rows from which on a program joins them.
-
-    Of fewer rows there would be too few programs.
-    """
+    """What the kernels are given; the tiles of a piece; and the programs that there must be at least to join them."""
     blocks = dict(tuned.blocks)
     piece, many = blocks.pop("PIECE"), blocks.pop("MANY")
     return Config(blocks, tuned.num_warps, tuned.num_stages), piece, many
@@ -303,10 +308,12 @@ def linear_logprob(
     check_vocabulary(dense)
     tuned, piece, many = without_pieces(tuned or table("linear_logprob", dense))
     N, V, at_once = hidden.shape[0], dense.shape[0], rows_at_once(hidden)
+    pieces = cdiv(V, tuned.blocks["BLOCK_N"] * piece)
     results = tuple(hidden.new_empty(N, dtype=torch.float32) for _ in range(4))
     for first in range(0, N, at_once):
         rows = slice(first, first + at_once)
-        joined = piece if len(hidden[rows]) >= many else 1
+        programs = cdiv(len(hidden[rows]), tuned.blocks["BLOCK_M"]) * pieces
+        joined = piece if programs >= many else 1
         statistics, target_z = tile_statistics(
             hidden[rows], dense, targets[rows], temperature, bias, tuned, joined
         )

@@ -1,5 +1,7 @@
 """linear_logprob's Triton kernels: the float64 definition, extremes, bits that depend on the row alone, memory."""
 
+import math
+
 import pytest
 import torch
 from compare import assert_close
@@ -9,6 +11,7 @@ from launching import DEVICE, DTYPES, check_on_triton, gradients_on_triton, on_t
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import aot_plan, gpu
 from engine.kernels._backend import backend
 from engine.kernels.linear import PackedWeight, pack_weight
 from engine.kernels.linear_logprob import linear_logprob, linear_logprob_reference
@@ -183,8 +186,8 @@ def test_a_row_knows_nothing_of_the_others(monkeypatch):
     hidden, weight, targets = exact(n, h).to(dtype), exact(v, h).to(dtype), torch.randint(v, (n,))
     bias, targets = exact(v), targets.to(DEVICE)
     run = on_triton(linear_logprob)
-    # fewer rows than 10 are joined by _merge
-    for tiles in ({"piece": 2, "many": 10}, {"m": 32, "n": 32, "k": 32, "t": 128, "r": 8, "many": 10}):
+    # one block of rows is joined by _merge, two are by their programs
+    for tiles in ({"piece": 2, "many": 10}, {"n": 32, "k": 32, "t": 128, "r": 8, "many": 4}):
         with blocks(**tiles):
             whole = torch.stack(run(hidden, weight, targets, 0.7, bias))
             assert torch.equal(whole, torch.stack(run(hidden, weight, targets, 0.7, bias)))
@@ -192,10 +195,23 @@ def test_a_row_knows_nothing_of_the_others(monkeypatch):
                 cut = slice(first, first + rows)
                 part = torch.stack(run(hidden[cut], weight, targets[cut], 0.7, bias))
                 assert torch.equal(part, whole[:, cut]), (first, rows)
-    with blocks(**{**tiles, "m": 16}):
+    with blocks(**{**tiles, "m": 32}):
         monkeypatch.setattr(kernels, "ROWS", 16)
         monkeypatch.setattr(kernels, "HIDDEN_BYTES", 0)
         assert torch.equal(whole, torch.stack(run(hidden, weight, targets, 0.7, bias)))
+
+
+@pytest.mark.parametrize("arch", [*_launch.NVIDIA, *_launch.AMD])
+@pytest.mark.parametrize(
+    "rows, vocabulary, joined",
+    [(8192, 49152, 16), (8192, 32000, 16), (8192, 1000, 1), (512, 49152, 1), (1024, 128256, 16)],
+)
+def test_tiles_are_joined_where_many_programs_stay(arch, rows, vocabulary, joined):
+    case = next(case for case in gpu.cases() if case.op == "linear_logprob")
+    shape = {"N": rows, "V": vocabulary, "H": 576}
+    first, last = aot_plan.launches(case, arch, "bfloat16", shape=shape)
+    assert first.constants["PIECE"] == joined and last.constants["JOIN"] == 16 // joined
+    assert joined == 1 or math.prod(first.grid) >= (1000 if rows == 8192 else 500)
 
 
 def test_rows_in_pieces_have_the_same_gradients(monkeypatch):

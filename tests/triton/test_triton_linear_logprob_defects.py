@@ -22,10 +22,9 @@ DEFECTS = {
         "if bias is not None:\n        sums +=",
         "if bias is not None:\n        sums += (1 / inverse_temperature) *",
     ),
-    "the token after the target": (
-        "z_y = tl.sum(tl.where(y[:, None] ==",
-        "z_y = tl.sum(tl.where(y[:, None] + 1 ==",
-    ),
+    "the target's neighbour": ("tl.where(here, y, 0)", "tl.where(here, y ^ 1, 0)"),
+    "no target in a piece": ("if PIECE > 1:", "if PIECE < 1:"),
+    "no target in a tile": ("if PIECE == 1:", "if PIECE == 0:"),
     "maximum not subtracted": ("e = tl.exp(below)", "e = tl.exp(z)"),
     "-inf times 0 in a tile": (
         "b = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)",
@@ -62,7 +61,10 @@ DEFECTS = {
         "weighted = scale * (weighted + total * (most - shift))",
     ),
     "a piece's sum not rescaled": ("scale * total + scales * s", "total + scales * s"),
-    "a piece's weighted sum not shifted": ("scale * (weighted + total * before)", "scale * weighted"),
+    "a piece's weighted sum not shifted": (
+        "scale * (weighted + total * before)",
+        "scale * weighted",
+    ),
     "a joined tile's weighted sum not shifted": ("scales * (s * lower + b)", "scales * b"),
     "the last tile's maximum for a piece": ("higher = tl.maximum(most, m)", "higher = m"),
     "a piece's first tiles without mass": (
