@@ -33,6 +33,12 @@ def make_gradient(device: str, dtype: torch.dtype, n: int) -> tuple[Tensor]:
     return (torch.randn(n, device=device).to(dtype),)
 
 
+def squares(grad: Tensor) -> object:
+    from engine.kernels.triton.adamw import square_sums
+
+    return square_sums(grad)
+
+
 def norm(grad: Tensor) -> object:
     from engine.kernels.triton.adamw import ordered_sum, square_sums
 
@@ -70,9 +76,10 @@ CASES = [
 VARIATIONS = [
     Variation(
         "adamw",
-        "step without a copy or a clip on the device",
+        "step without a copy or a clip on the device, uneven",
         lambda device, dtype, n: make(device, dtype, n, 0)[:4],
         plain_step,
-        {"n": SMOLLM2},
-    )
+        {"n": SMOLLM2 - 1},
+    ),
+    Variation("adamw", "squares, uneven", make_gradient, squares, {"n": SMOLLM2 - 1}),
 ]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from bench.gpu import Case
-from bench.gpu.kl_reward import FULL, SMALL, tokens
+from bench.gpu import Case, Variation
+from bench.gpu.kl_reward import FULL, SMALL, UNEVEN, tokens
 
 
 def make(device: str, dtype: torch.dtype, S: int, T: int) -> tuple[Tensor, ...]:
@@ -30,3 +30,4 @@ CASES = [
         dtypes=("float32", "bfloat16"),
     ),
 ]
+VARIATIONS = [Variation("ppo_policy_loss", "uneven", make, forward, UNEVEN, "float32")]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import Case, Variation
-from bench.gpu.kl_reward import FULL, SMALL, tokens
+from bench.gpu.kl_reward import FULL, SMALL, UNEVEN, tokens
 
 
 def make(device: str, dtype: torch.dtype, S: int, T: int) -> tuple[Tensor, ...]:
@@ -54,6 +54,13 @@ CASES = [
     ),
 ]
 VARIATIONS = [
-    Variation("whiten", f"{name}, mean kept", build, partial(run, shift_mean=False), FULL)
+    Variation(
+        "whiten",
+        f"{name}, mean kept, uneven",
+        build,
+        partial(run, shift_mean=False),
+        UNEVEN,
+        "float32",
+    )
     for name, build, run in (("forward", make, forward), ("backward", make_backward, backward))
 ]

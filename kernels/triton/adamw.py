@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adamw import SQUARES
+from ._blocks import load_block, store_block
 from ._launch import Config, cdiv, config, launch
 
 
@@ -40,37 +41,35 @@ def _step(
         scale = tl.load(clip).to(tl.float32)
         if scale == 0.0:
             return
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    w = tl.load(master + at, mask=inside, other=0.0)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * scale
-    m = tl.load(exp_avg + at, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    w = load_block(master, first, n, BLOCK)
+    g = load_block(grad, first, n, BLOCK).to(tl.float32) * scale
+    m = load_block(exp_avg, first, n, BLOCK)
+    v = load_block(exp_avg_sq, first, n, BLOCK)
     m += tl.cast(gain1, tl.float32) * (g - m)
     v = tl.cast(beta2, tl.float32) * v + tl.cast(gain2, tl.float32) * g * g
     denominator = tl.sqrt_rn(v) * tl.cast(inverse_correction2, tl.float32)
     denominator += tl.cast(eps, tl.float32)
     update = tl.cast(step_size, tl.float32) * tl.div_rn(m, denominator)
     w -= tl.cast(decay, tl.float32) * w + update
-    tl.store(exp_avg + at, m, mask=inside)
-    tl.store(exp_avg_sq + at, v, mask=inside)
-    tl.store(master + at, w, mask=inside)
+    store_block(exp_avg, first, n, m, BLOCK)
+    store_block(exp_avg_sq, first, n, v, BLOCK)
+    store_block(master, first, n, w, BLOCK)
     if HAS_COPY:
-        tl.store(copy + at, w.to(copy.dtype.element_ty), mask=inside)
+        store_block(copy, first, n, w, BLOCK)
     if HAS_EMA:
-        average = tl.load(ema + at, mask=inside, other=0.0)
+        average = load_block(ema, first, n, BLOCK)
         average += tl.cast(ema_gain, tl.float32) * (w - average)
-        tl.store(ema + at, average, mask=inside)
+        store_block(ema, first, n, average, BLOCK)
 
 
 @triton.jit
 def _squares(x, sums, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
+    end = tl.minimum(n, (program + 1) * CHUNK)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, CHUNK, BLOCK):
-        within = start + tl.arange(0, BLOCK)
-        at = program * CHUNK + within
-        element = tl.load(x + at, mask=(at < n) & (within < CHUNK), other=0.0).to(tl.float64)
+        element = load_block(x, program * CHUNK + start, end, BLOCK).to(tl.float64)
         total += element * element
     tl.store(sums + program, tl.sum(total, axis=0))
 

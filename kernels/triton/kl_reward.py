@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import load_block, store_block
 from ._expm1 import expm1, expm1_minus
 from ._launch import Config, cdiv, config, launch
 
@@ -35,13 +36,12 @@ def _slope(d, ESTIMATOR: tl.constexpr):
 def _forward(
     logprob, ref_logprob, reward, kl, n, beta, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    lp = tl.load(logprob + at, mask=inside, other=0.0).to(tl.float32)
-    ref = tl.load(ref_logprob + at, mask=inside, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    lp = load_block(logprob, first, n, BLOCK).to(tl.float32)
+    ref = load_block(ref_logprob, first, n, BLOCK).to(tl.float32)
     k = estimate(lp - ref, ESTIMATOR)
-    tl.store(kl + at, k.to(kl.dtype.element_ty), mask=inside)
-    tl.store(reward + at, (-beta * k).to(reward.dtype.element_ty), mask=inside)
+    store_block(kl, first, n, k, BLOCK)
+    store_block(reward, first, n, -beta * k, BLOCK)
 
 
 @triton.jit
@@ -73,15 +73,14 @@ def _backward(
     ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d logprob = (grad_kl - beta grad_reward) dk/dd = -d ref_logprob."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    gr = tl.load(grad_reward + at, mask=inside, other=0.0).to(tl.float32)
-    gk = tl.load(grad_kl + at, mask=inside, other=0.0).to(tl.float32)
-    lp = tl.load(logprob + at, mask=inside, other=0.0).to(tl.float32)
-    ref = tl.load(ref_logprob + at, mask=inside, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    gr = load_block(grad_reward, first, n, BLOCK).to(tl.float32)
+    gk = load_block(grad_kl, first, n, BLOCK).to(tl.float32)
+    lp = load_block(logprob, first, n, BLOCK).to(tl.float32)
+    ref = load_block(ref_logprob, first, n, BLOCK).to(tl.float32)
     d = (gk - beta * gr) * _slope(lp - ref, ESTIMATOR)
-    tl.store(d_logprob + at, d.to(d_logprob.dtype.element_ty), mask=inside)
-    tl.store(d_ref_logprob + at, (-d).to(d_ref_logprob.dtype.element_ty), mask=inside)
+    store_block(d_logprob, first, n, d, BLOCK)
+    store_block(d_ref_logprob, first, n, -d, BLOCK)
 
 
 @triton.jit

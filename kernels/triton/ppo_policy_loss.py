@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import load_block, store_block
 from ._expm1 import expm1, expm1_minus
 from ._launch import Config, cdiv, config, launch
 from ._reduce import loss_and_sums
@@ -28,11 +29,10 @@ def _tokens(
     Lanes behind the end hold A = 0 and rho = 1, which add nothing.
     """
     program = tl.program_id(0).to(tl.int64)
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    lp = tl.load(logprob + at, mask=inside, other=0.0).to(tl.float32)
-    old = tl.load(old_logprob + at, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(advantage + at, mask=inside, other=0.0).to(tl.float32)
+    first = program * BLOCK
+    a = load_block(advantage, first, n, BLOCK).to(tl.float32)
+    lp = load_block(logprob, first, n, BLOCK).to(tl.float32)
+    old = load_block(old_logprob, first, n, BLOCK).to(tl.float32)
     change = lp - old
     u = _clamp(change, -limit, limit)
     rho = tl.exp(u)
@@ -41,7 +41,7 @@ def _tokens(
     clipped = bounded > free  # a tie keeps the gradient
     slope = tl.where(clipped | (u != change), 0.0, free)
     slope = tl.where(change == change, slope, change)  # nan is not hidden
-    tl.store(grad + at, (scale * slope).to(grad.dtype.element_ty), mask=inside)
+    store_block(grad, first, n, scale * slope, BLOCK)
 
     partials += program * 7
     wide = u.to(tl.float64)

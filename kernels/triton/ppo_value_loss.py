@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import load_block, store_block
 from ._launch import Config, cdiv, config, launch
 from ._reduce import loss_and_sums
 
@@ -15,11 +16,10 @@ def _tokens(
 ):  # fmt: skip
     """partials: the larger squared errors, clipped tokens. Lanes behind the end hold three zeros."""
     program = tl.program_id(0).to(tl.int64)
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    v = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
-    old = tl.load(old_value + at, mask=inside, other=0.0).to(tl.float32)
-    target = tl.load(returns + at, mask=inside, other=0.0).to(tl.float32)
+    first = program * BLOCK
+    v = load_block(value, first, n, BLOCK).to(tl.float32)
+    old = load_block(old_value, first, n, BLOCK).to(tl.float32)
+    target = load_block(returns, first, n, BLOCK).to(tl.float32)
     # comparisons, so that nan stays nan and a value inside the bounds stays itself
     bounded = tl.where(v < old - clip, old - clip, tl.where(v > old + clip, old + clip, v))
     error = v - target
@@ -28,7 +28,7 @@ def _tokens(
     bounded_squared = bounded_error * bounded_error
     clipped = bounded_squared > squared  # a tie keeps the gradient
     slope = scale * tl.where(clipped, 0.0, error)
-    tl.store(grad + at, slope.to(grad.dtype.element_ty), mask=inside)
+    store_block(grad, first, n, slope, BLOCK)
     larger = tl.where(clipped, bounded_squared, squared)
     tl.store(partials + program * 2, tl.sum(larger.to(tl.float64), 0))
     tl.store(partials + program * 2 + 1, tl.sum(clipped.to(tl.int32), 0).to(tl.float64))

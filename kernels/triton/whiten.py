@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import load_block, store_block
 from ._launch import Config, cdiv, config, launch
 from ._reduce import ONE_PROGRAM
 
@@ -17,15 +18,14 @@ from ._reduce import ONE_PROGRAM
 def _statistics(x, grad, partials, n, blocks, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """Of one block: mean, M2 = sum (x - mean)^2; with GRAD also sum grad and sum grad (x - mean)."""
     block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float64)
-    mean = tl.sum(wide, 0) / tl.minimum(n - block * BLOCK, BLOCK).to(tl.float64)
-    centred = tl.where(inside, wide - mean, 0.0)
+    first = block * BLOCK
+    wide = load_block(x, first, n, BLOCK).to(tl.float64)
+    mean = tl.sum(wide, 0) / tl.minimum(n - first, BLOCK).to(tl.float64)
+    centred = tl.where(first + tl.arange(0, BLOCK) < n, wide - mean, 0.0)
     tl.store(partials + block, mean)
     tl.store(partials + blocks + block, tl.sum(centred * centred, 0))
     if GRAD:
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float64)
+        g = load_block(grad, first, n, BLOCK).to(tl.float64)
         tl.store(partials + 2 * blocks + block, tl.sum(g, 0))
         tl.store(partials + 3 * blocks + block, tl.sum(g * centred, 0))
 
@@ -66,31 +66,29 @@ def _merge(
 
 @triton.jit
 def _forward(x, statistics, y, n, SHIFT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+    first = tl.program_id(0).to(tl.int64) * BLOCK
     mean = tl.load(statistics)
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float64)
+    wide = load_block(x, first, n, BLOCK).to(tl.float64)
     whitened = (wide - mean) * tl.load(statistics + 1)
     if not SHIFT_MEAN:
         whitened += mean
-    tl.store(y + at, whitened.to(y.dtype.element_ty), mask=inside)
+    store_block(y, first, n, whitened, BLOCK)
 
 
 @triton.jit
 def _backward(grad, x, statistics, d_x, n, SHIFT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """With c = x - mean and r = 1 / sqrt(var + eps): r (grad - mean(grad)) - r^3 c mean(grad c), plus mean(grad)
     where the mean was added back."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+    first = tl.program_id(0).to(tl.int64) * BLOCK
     r = tl.load(statistics + 1)
     mean_grad = tl.load(statistics + 2)
     slope = r * r * r * tl.load(statistics + 3)
-    centred = tl.load(x + at, mask=inside, other=0.0).to(tl.float64) - tl.load(statistics)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float64)
+    centred = load_block(x, first, n, BLOCK).to(tl.float64) - tl.load(statistics)
+    g = load_block(grad, first, n, BLOCK).to(tl.float64)
     d = r * (g - mean_grad) - centred * slope
     if not SHIFT_MEAN:
         d += mean_grad
-    tl.store(d_x + at, d.to(d_x.dtype.element_ty), mask=inside)
+    store_block(d_x, first, n, d, BLOCK)
 
 
 EPS = 1e-8

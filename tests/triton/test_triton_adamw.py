@@ -283,15 +283,15 @@ DEFECTS = {
         "average += tl.cast(ema_gain, tl.float32) * (w + update - average)",
     ),
     "the average's weights swapped": ("        1.0 - ema_decay,", "        float(ema_decay),"),
-    "the copy of the old master": ("w.to(copy.dtype", "(w + update).to(copy.dtype"),
-    "the last element left out": ("inside = at < n\n    w =", "inside = at < n - 1\n    w ="),
+    "the copy of the old master": ("(copy, first, n, w,", "(copy, first, n, w + update,"),
+    "the last element left out": ("load_block(master, first, n,", "load_block(master, first, n - 1,"),
     "the copy cut off": (
-        "w.to(copy.dtype.element_ty)",
-        "(w.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(copy.dtype.element_ty)",
+        "(copy, first, n, w,",
+        "(copy, first, n, (w.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True),",
     ),
-    "moments swapped": ("tl.store(exp_avg_sq + at, v,", "tl.store(exp_avg_sq + at, m,"),
-    "store without a mask": ("tl.store(master + at, w, mask=inside)", "tl.store(master + at, w)"),
-    "average stored without a mask": ("tl.store(ema + at, average, mask=inside)", "tl.store(ema + at, average)"),
+    "moments swapped": ("(exp_avg_sq, first, n, v,", "(exp_avg_sq, first, n, m,"),
+    "stored behind the last": ("store_block(master, first, n,", "store_block(master, first, n + 1,"),
+    "average stored behind the last": ("store_block(ema, first, n,", "store_block(ema, first, n + 1,"),
 }  # fmt: skip
 
 
@@ -315,8 +315,8 @@ def test_a_step_that_should_not_be_is_caught():
 
 SQUARE, PARTIAL = "total += element * element", "total += tl.load(x + at, mask=at < n, other=0.0)"
 NORM_DEFECTS = {
-    "the last element left out": ("mask=(at < n) &", "mask=(at < n - 1) &"),
-    "chunks that overlap": ("at = program * CHUNK + within", "at = program * (CHUNK - 1) + within"),
+    "the last element left out": ("tl.minimum(n,", "tl.minimum(n - 1,"),
+    "chunks that overlap": ("program * CHUNK + start", "program * (CHUNK - 1) + start"),
     "only the last block": (SQUARE, SQUARE.replace("+=", "=")),
     "no square": (SQUARE, "total += element"),
     "float32 squares": (

@@ -120,14 +120,9 @@ def test_addresses_that_are_not_aligned():
 
 
 DEFECTS = {
-    "the penalty is a bonus": ("(-beta * k).to(", "(beta * k).to("),
-    "the last token is left out": (
-        "inside = at < n\n    lp = tl.load(logprob + at, mask=inside, other=0.0).to(tl.float32)\n"
-        "    ref = tl.load(ref_logprob + at, mask=inside, other=0.0).to(tl.float32)\n    k =",
-        "inside = at < n - 1\n    lp = tl.load(logprob + at, mask=inside, other=0.0).to(tl.float32)\n"
-        "    ref = tl.load(ref_logprob + at, mask=inside, other=0.0).to(tl.float32)\n    k =",
-    ),
-    "k1 for every kl": ("tl.store(kl + at, k.to", "tl.store(kl + at, (lp - ref).to"),
+    "the penalty is a bonus": ("n, -beta * k,", "n, beta * k,"),
+    "the last token is left out": ("store_block(kl, first, n,", "store_block(kl, first, n - 1,"),
+    "k1 for every kl": ("(kl, first, n, k,", "(kl, first, n, lp - ref,"),
     "half of k2": ("return d * d * 0.5", "return d * d"),
     "k3 of the other sign": ("return expm1_minus(-d)", "return expm1_minus(d)"),
     "the penalty at the end": ("r = -beta * estimate(lp - ref, ESTIMATOR) + paid_score", "r = paid_score"),
@@ -140,7 +135,7 @@ DEFECTS = {
     "slope of k2": ("return d\n    else:\n        return -expm1", "return d * 2\n    else:\n        return -expm1"),
     "beta forgotten in the gradient": ("(gk - beta * gr)", "(gk - gr)"),
     "slope at the other sign": ("_slope(lp - ref, ESTIMATOR)", "_slope(ref - lp, ESTIMATOR)"),
-    "both gradients of one sign": ("(-d).to(", "d.to("),
+    "both gradients of one sign": ("first, n, -d,", "first, n, d,"),
     "gradient of the wrong score": ("tl.store(d_score + segment, gr", "tl.store(d_score + segment, 0 * gr"),
     "gradient of the first token": ("last = end.to(tl.int64) - 1\n    gr", "last = start.to(tl.int64)\n    gr"),
     "the slot keeps its gradient": ("tl.store(d_logprob + last, zero", "tl.store(d_logprob + last, zero + 1"),

@@ -140,13 +140,16 @@ DEFECTS = {
     "a clamped token has a gradient": ("clipped | (u != change)", "clipped"),
     "sign": ("free = -a * rho", "free = a * rho"),
     "ratio of the old policy": ("change = lp - old", "change = old - lp"),
-    "a gradient per batch": ("(scale * slope)", "slope"),
+    "a gradient per batch": ("scale * slope,", "slope,"),
     "k1's sign": ("-tl.sum(wide, 0)", "tl.sum(wide, 0)"),
     "k2 without its square": ("tl.sum(wide * wide, 0)", "tl.sum(wide, 0)"),
     "k3 without its digits": ("expm1_minus(u).to(tl.float64)", "(rho - 1.0 - u).to(tl.float64)"),
     "the excess, not its square": ("tl.sum(excess * excess, 0)", "tl.sum(excess, 0)"),
     "partials overwritten": ("partials += program * 7", "partials += program * 6"),
-    "the end of the mask": ("inside = at < n", "inside = at < n - 1"),
+    "the last token is left out": (
+        "store_block(grad, first, n,",
+        "store_block(grad, first, n - 1,",
+    ),
 }
 
 

@@ -128,7 +128,7 @@ DEFECTS = {
     "a gradient per batch": ("slope = scale * tl.where", "slope = tl.where"),
     "partials overwritten": ("partials + program * 2, tl", "partials + program, tl"),
     "half of the loss": ("2 * denominator", "denominator"),
-    "the end of the mask": ("inside = at < n", "inside = at < n - 1"),
+    "the last token is left out": ("store_block(grad, first, n,", "store_block(grad, first, n - 1,"),
 }  # fmt: skip
 
 

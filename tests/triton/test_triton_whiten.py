@@ -5,9 +5,10 @@ import torch
 from guards import guarded
 from launching import DEVICE, DTYPES, check_on_triton, gradients_on_triton, on_triton
 from mutations import mutations
-from token_ops import FLOAT32, blocks, golden, on_device, ops_file
+from token_ops import FLOAT32, blocks, golden, helper_mutations, on_device, ops_file
 
 from engine.kernels._backend import backend
+from engine.kernels.triton import _blocks
 from engine.kernels.triton import whiten as kernels
 from engine.kernels.whiten import whiten, whiten_reference
 
@@ -69,11 +70,11 @@ def test_twice_it_is_the_same_and_addresses_may_lie_anywhere():
 
 DEFECTS = {
     "the mean of a full block": (
-        "tl.minimum(n - block * BLOCK, BLOCK).to(tl.float64)\n    centred",
+        "tl.minimum(n - first, BLOCK).to(tl.float64)\n    centred",
         "BLOCK\n    centred",
     ),
     "lanes behind the end count": (
-        "centred = tl.where(inside, wide - mean, 0.0)\n    tl.store",
+        "centred = tl.where(first + tl.arange(0, BLOCK) < n, wide - mean, 0.0)\n    tl.store",
         "centred = wide - mean\n    tl.store",
     ),
     "squares of numbers that are not centred": (
@@ -93,10 +94,7 @@ DEFECTS = {
     "the mean stays away": ("whitened += mean\n", "whitened += 0.0\n"),
     "the mean is not taken off": ("(wide - mean) * tl.load", "wide * tl.load"),
     "not divided by the deviation": ("(wide - mean) * tl.load(statistics + 1)", "wide - mean"),
-    "the last number left out": (
-        "whitened.to(y.dtype.element_ty), mask=inside",
-        "whitened.to(y.dtype.element_ty), mask=at < n - 1",
-    ),
+    "the last number left out": ("store_block(y, first, n,", "store_block(y, first, n - 1,"),
     "products around the blocks' own means": ("products += g * off +", "products +="),
     "mean of the gradient": ("r * (g - mean_grad)", "r * g"),
     "slope's sign": (" - centred * slope", " + centred * slope"),
@@ -118,3 +116,11 @@ def test_without_a_defect_the_check_passes():
 
 
 test_defects_are_caught = mutations(kernels, DEFECTS)(check_all)
+BLOCK_DEFECTS = {
+    "every block is the first": ("return tl.load(x + at)", "return tl.load(x + at - first)"),
+    "the last number not loaded": ("mask=at < n, other", "mask=at < n - 1, other"),
+    "ones behind the end": ("other=0.0", "other=1.0"),
+    "whole blocks not stored": ("tl.store(x + at, block)\n", "tl.store(x + at, block * 0.0)\n"),
+    "the last number not stored": ("block, mask=at < n)", "block, mask=at < n - 1)"),
+}
+test_defects_of_the_blocks_are_caught = helper_mutations(_blocks, kernels, BLOCK_DEFECTS)(check_all)
