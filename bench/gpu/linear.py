@@ -54,5 +54,6 @@ CASES = [
 ]
 VARIATIONS = [
     Variation("linear", "exact, bias", make_biased, biased, {"M": 8192, "N": 768, "K": 3072}),
-    Variation("linear", "exact, uneven depth", make, forward, {"M": 8192, "N": 1536, "K": 1040}),
+    Variation("linear", "exact, uneven depth", make, forward, {"M": 8192, "N": 1536, "K": 1000}),
+    Variation("linear", "exact, odd depth", make, forward, {"M": 8192, "N": 1536, "K": 1001}, "float32"),
 ]

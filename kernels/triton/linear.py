@@ -31,7 +31,8 @@ def _forward(
     y,  # (M, N)
     M,
     N,
-    K,
+    units,  # K / UNIT
+    UNIT: tl.constexpr,  # so many elements are 16 bytes, or 1 where K is no multiple of it
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
@@ -39,6 +40,7 @@ def _forward(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    K = units * UNIT
     program, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = _tile(program, tiles_m, tiles_n, GROUP)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -72,12 +74,16 @@ def exact_product(
 ) -> Tensor:  # (M, N)
     """y = x W^T + bias, a row at a time as far as bits are concerned.
 
-    Size of the table: the number of columns N. Never of rows: the tile of a weight is one.
+    Size of the table, float32's own where products cannot use tensor cores: the number of columns N. Never of rows: the
+    tile of a weight is one.
     """
     (m, k), n = x.shape, dense.shape[0]
     y = x.new_empty((m, n), dtype=out_dtype)
-    tuned = tuned or config("linear", n, x.device)
+    suffix = "_float32" if dense.dtype == torch.float32 else ""
+    tuned = tuned or config("linear" + suffix, n, x.device)
     blocks = tuned.blocks
+    unit = 16 // min(x.element_size(), dense.element_size())
+    unit = 1 if k % unit else unit  # a row then begins anywhere, and its numbers are loaded one by one
     launch(
         _forward,
         (cdiv(m, blocks["BLOCK_M"]) * cdiv(n, blocks["BLOCK_N"]),),
@@ -87,8 +93,9 @@ def exact_product(
         y,
         m,
         n,
-        k,
+        k // unit,
         config=tuned,
+        UNIT=unit,
         HAS_BIAS=bias is not None,
         WHOLE=k % blocks["BLOCK_K"] == 0,
     )

@@ -319,7 +319,7 @@ def test_defects_are_caught():
 OF_THE_NUMBER_OF_ROWS = {
     "another depth of tiles for few rows": (
         "blocks = tuned.blocks",
-        "tuned = Config({**tuned.blocks, 'BLOCK_K': 16}) if m < 16 else tuned\n    blocks = tuned.blocks",
+        "tuned = Config({**tuned.blocks, 'BLOCK_K': 32}) if m < 16 else tuned\n    blocks = tuned.blocks",
     ),
     "the depth's start turned by the place": (
         "depth = tl.arange(0, BLOCK_K)",
