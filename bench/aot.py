@@ -155,7 +155,7 @@ def compiled(variants: list[Variant], keep: Path | None = None) -> Iterator[Reco
         parts: Iterator[list[Record]] = map(_work, tasks)
     else:
         context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(max_workers=os.cpu_count() or 2, mp_context=context)
+        pool = ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0)), mp_context=context)
         parts = pool.map(_work, tasks)
     for variant, result in zip(variants, itertools.chain.from_iterable(parts), strict=True):
         said = {

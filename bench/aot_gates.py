@@ -49,8 +49,10 @@ NARROW: dict[tuple[str, str], str] = {
     ("ranking_loss", "_gradient"): f"{ANYWHERE}; {FEW}",
     ("whiten", "_merge"): FEW,
 }
-# Ops whose blocks give a lane of AMD's 64 fewer than 128 bits in some dtype.
+# Ops whose blocks give a lane of AMD's 64 fewer than 128 bits in 16-bit dtypes.
 NARROW_ON_AMD = {"kl_reward", "ppo_policy_loss", "ppo_value_loss", "swiglu", "whiten"}
+# A depth of no multiple of 16 bytes (linear's): a row of such an operand begins at any address.
+ODD = "UNIT=1"
 # (op, kernel, gate) -> the reason why it may
 ALLOWED: dict[tuple[str, str, str], str] = {}
 
@@ -95,6 +97,8 @@ def tensor_cores(record: Record) -> str:
 def wide_loads(record: Record) -> str:
     """Kernels of WIDE load 128 bits at a time."""
     narrow = record["arch"] == "gfx942" and record["op"] in NARROW_ON_AMD
+    narrow &= record["dtype"] != "float32"
+    narrow |= ODD in record["types"].split()
     if narrow or record["kernel"] not in WIDE.get(record["op"], ()):
         return ""
     return "no 128-bit load, which WIDE asks for" if not record["wide_loads"] else ""

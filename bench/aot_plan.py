@@ -2,7 +2,8 @@
 
 Every kernel is compiled for every architecture, every dtype, and every row of its tables: a row that no shape takes is
 forced on one, and a row that no launcher can take is a failure. Left out: a shape that takes the row of one before it,
-in dtypes other than the first of its case. Variations come last, each in its one dtype.
+in dtypes other than the first of its case; and what differs from another by the number of a loop's turns alone, whose
+record then says both cases. Variations come last, each in its one dtype.
 
 A case's launcher runs on "meta" tensors with an architecture's column of the tables; an observer takes each launch and
 says that it is not to run. Arguments are specialised by Triton's own binder (divisible by 16, equal to 1, on AMD within
@@ -19,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import aot_code, aot_paths, gpu
+from bench import aot_code, aot_gates, aot_paths, gpu
 from bench.gpu import DTYPES, Case, Variation
 
+# Sizes that say how often a loop turns: variants that differ in the width alone, or in the vocabulary alone, are one.
+TURNS = (("H",), ("V", "TILES"))
 TABLES = Path(__file__).parents[1] / "kernels" / "configs"
 
 
@@ -66,6 +69,15 @@ class Variant:
             else:
                 parts.append(f"{name}:{kind}{facts}")
         return " ".join(parts)
+
+    def without(self, sizes: Sequence[str]) -> str:
+        """Of everything but these sizes, of which it says how the kernel's conditions come out; and but the alignment,
+        where no load need be wide."""
+        narrow = (self.op, self.kernel) in aot_gates.NARROW
+        said = self.types.replace("/16", "") if narrow else self.types
+        types = [x for x in said.split() if x.partition("=")[0] not in sizes]
+        ways = sorted(aot_paths.outcomes(self.function, self.known))
+        return f"{sizes} {self.op} {self.kernel} {self.arch} {types} {self.options} {ways}"
 
     @functools.cached_property
     def key(self) -> str:
@@ -220,9 +232,19 @@ class Plan:
     def __init__(self) -> None:
         self.found: dict[str, Variant] = {}
         self.errors: list[str] = []
+        self.turning: dict[str, Variant] = {}  # by what they are without the sizes of TURNS
         self.rows: dict[
             str, set[Place]
         ] = {}  # dtype -> rows that a variant of it was launched with
+
+    def alike(self, variant: Variant) -> Variant:
+        """A planned variant that this one differs from by the number of a loop's turns alone; else itself, planned."""
+        kept = variant
+        for sizes in TURNS:
+            kept = self.turning.setdefault(variant.without(sizes), kept)
+        if kept is variant:
+            self.found[f"{variant.op} {variant.key}"] = variant
+        return kept
 
     def add(
         self, case: Case | Variation, arch: str, dtype: str, tables: Tables, label: str = ""
@@ -244,7 +266,7 @@ class Plan:
             again = not another and (case.op, variant.kernel, arch, dtype) in planned
             if dtype != case.dtypes[0] and again and f"{case.op} {variant.key}" not in self.found:
                 continue
-            kept = self.found.setdefault(f"{case.op} {variant.key}", variant)
+            kept = self.found.get(f"{case.op} {variant.key}") or self.alike(variant)
             if name not in kept.cases and (not label or kept is variant):
                 kept.cases.append(name)
 

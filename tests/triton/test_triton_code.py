@@ -49,17 +49,10 @@ def failing(record):
 @pytest.mark.parametrize(
     "name",
     [
-        "copy",
-        "copy on AMD",
-        "running",
-        "product",
-        "product on sm_80",
-        "product on sm_100",
-        "product on AMD",
-        "product, small",
-        "product in float32",
+        "copy", "copy on AMD", "running", "product", "product on sm_80", "product on sm_100", "product on AMD",
+        "product, small", "product in float32",
     ],
-)
+)  # fmt: skip
 def test_proper_kernels_pass(records, monkeypatch, name):
     monkeypatch.setitem(aot_gates.WIDE, "test", ("_copy",))
     assert failing(records[name]) == []
@@ -108,6 +101,12 @@ def test_what_is_allowed_needs_its_own_entry(records, monkeypatch):
     assert failing(bad) == ["spills"]
     monkeypatch.setitem(aot_gates.ALLOWED, ("test", "_running", "spills"), "a test")
     assert failing(bad) == [] and failing({**bad, "kernel": "_other"}) == ["spills"]
+
+
+def test_an_operand_of_odd_depth_may_be_loaded_in_pieces(records, monkeypatch):
+    monkeypatch.setitem(aot_gates.WIDE, "test", ("_copy",))
+    assert failing({**records["copy unaligned"], "types": "UNIT=1 BLOCK=64"}) == []
+    assert failing({**records["copy unaligned"], "types": "UNIT=16"}) == ["wide_loads"]
 
 
 # --- readers ---
@@ -304,6 +303,23 @@ def test_conditions_come_out_as_for_the_compiler():
     assert ("KIND == 1", False) in last and ("range(BLOCK, deep, BLOCK)", False) in last
     assert ("range(BLOCK, deep, BLOCK)", True) in outcomes(KIND=2, WIDTH=66)
     assert ("D < BLOCK_D", True) in outcomes(D=80, BLOCK_D=128)
+
+
+def planned(**constants):
+    kinds = dict.fromkeys(("x", "bias"), "*fp32") | {"n": "i32"}
+    kinds |= dict.fromkeys(("HAS", "KIND", "WIDTH", "BLOCK"), "constexpr")
+    values = {"HAS": True, "KIND": 0, "WIDTH": 64, "BLOCK": 32, **constants}
+    params = [SimpleNamespace(is_constexpr=kind == "constexpr") for kind in kinds.values()]
+    function = SimpleNamespace(fn=kernel, cache_key="", params=params)
+    given = {(at,): values[name] for at, name in enumerate(kinds) if name in values}
+    return aot_plan.Variant("test", "_kernel", "sm_90", "float32", function, kinds, given, {}, {})
+
+
+def test_what_turns_a_loop_more_often_is_no_other_variant(monkeypatch):
+    monkeypatch.setattr(aot_plan, "TURNS", (("WIDTH",), ("KIND",)))
+    made, first, uneven, other = aot_plan.Plan(), planned(), planned(WIDTH=65), planned(BLOCK=16)
+    assert [made.alike(x) for x in (first, planned(WIDTH=96))] == [first, first]
+    assert [made.alike(x) for x in (uneven, other)] == [uneven, other] and len(made.found) == 3
 
 
 def seen(case):
