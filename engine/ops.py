@@ -71,7 +71,9 @@ def cpp_state(op: str) -> tuple[bool, str]:
         return False, "written in torch operations"
     if _backend.extension() is None:
         return False, _backend.why_no_extension()
-    if all(map(_backend.has_cpu_kernel, schemas or [op])):
+    # beside them rmsnorm_residual, layernorm_residual and rope_and_write, which C++ has in its fused step only
+    own = [name for name in (op, f"{op}_backward") if name in schemas] or schemas
+    if all(map(_backend.has_cpu_kernel, own or [op])):
         return True, ""
     return False, "is defined, but the extension was built without its C++ file; rebuild it"
 

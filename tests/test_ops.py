@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,8 @@ def test_table_names_every_op_and_its_backend(monkeypatch):
     if _backend.extension():
         assert rows["kl_reward"] == ["yes", "yes", state, "yes", "cpp", ""]
         assert rows["transformer_step"] == ["", "yes", "-", "yes", "cpp", ""]  # a class, no schema
+        written = {path.stem for path in (Path(__file__).parents[1] / "csrc" / "cpu").glob("*.cpp")} & set(rows)
+        assert len(written) > 15 and {rows[op][4] for op in written} == {"cpp"}
         with ops.backend("reference"):
             assert table_rows()["kl_reward"][4] == "reference"
             assert "was asked for" in table_rows()["kl_reward"][5]
