@@ -19,13 +19,13 @@ from several_processes import train
 
 import engine
 from engine.errors import CheckpointError, EngineError, OutputError
+from engine.model import transformer
 from engine.model.weights import load_policy
 from engine.run import checkpoint, files, memory
 from engine.run.distributed import Ranks, join, local
 from engine.run.optim import Optimizer
 from engine.run.session import Stopped
 from engine.run.sharded_checkpoint import ShardedSaver, is_sharded_checkpoint, load
-from engine.stages import sft
 from engine.stages.resources import settle_epochs
 from engine.stages.sft import SFTStage
 
@@ -137,12 +137,12 @@ def bad_losses(config: dict[str, Any]) -> None:
     """One rank's losses are not finite: both ranks skip, and end after so many in a row, with the state saved."""
     ranks = begin()
 
-    def token_logprobs(was: Callable[..., Any], *arguments: Any) -> Any:
-        logprob, entropy = was(*arguments)
-        return (logprob * float("inf") if ranks.rank == BAD else logprob), entropy
+    def logprob_loss(was: Callable[..., Any], *arguments: Any) -> Any:
+        loss, *others = was(*arguments)
+        return (loss * float("inf") if ranks.rank == BAD else loss), *others
 
     stuck = pytest.raises(EngineError, match="2 optimizer steps in a row")
-    with replaced(sft, "token_logprobs", token_logprobs), stuck:
+    with replaced(transformer, "logprob_loss", logprob_loss), stuck:
         train("sft", config | {"max_steps": 5, "max_skipped_steps": 2})
     assert whole_steps(config) == [2] and records(config, "skipped_steps") == [1.0, 2.0]
     train("sft", config | {"max_steps": 5, "max_skipped_steps": 2, "resume_from_checkpoint": "true"})

@@ -31,7 +31,7 @@ def test_it_is_one_message(error, setting, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(sft_stage, "token_logprobs", full)
+    monkeypatch.setattr(sft_stage, "predicting", full)
     argv = faulty.sft_words(setting, tmp_path / "run", micro_batch_tokens=4096)
     assert main(argv) == 1
     said = capsys.readouterr().err
@@ -51,7 +51,7 @@ def test_other_errors_are_not_taken_for_it(setting, tmp_path, monkeypatch):
     def wrong(*_, **__):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(sft_stage, "token_logprobs", wrong)
+    monkeypatch.setattr(sft_stage, "predicting", wrong)
     with pytest.raises(RuntimeError, match="shapes differ"):
         main(faulty.sft_words(setting, tmp_path / "run"))
 
