@@ -4,9 +4,8 @@
     loss = sum_n f_n(logprob_n, entropy_n)
 
 Since a row's slopes f_n' follow from that row alone, a few rows go forward and backward at once: their logits are made
-once and kept only from the one to the other, where linear_logprob, whose slopes come later, must make them again. Three
-products instead of four, and one exponential instead of two. SFT's loss is such a sum, PPO's clipped one too
-(InstructGPT 3.1, C.4).
+once and kept only from the one to the other, where linear_logprob, whose slopes come later, must make them again: three
+products instead of four. SFT's loss is such a sum, PPO's clipped one too (InstructGPT 3.1, C.4).
 
 N rows, H hidden, V vocabulary. Memory: O(N H + V H) and the logits of one piece, `rows_of_piece(N)` rows.
 """

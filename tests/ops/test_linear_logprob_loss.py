@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_close
 from golden_cases import golden_cases
 from gradients import equal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_linear_logprob import STORAGES, check_golden
+from test_linear_logprob import check_against_float64 as check_logprob
 from torch import Tensor
 
 from engine.kernels import linear_logprob_loss as room
@@ -21,7 +22,6 @@ from engine.kernels.linear_logprob_loss import (
 )
 from engine.kernels.ppo_policy_loss import ppo_policy_loss
 
-STORAGES = [torch.float32, torch.bfloat16]
 SHAPES = [  # N, V, H
     (1, 1, 1), (2, 2, 3), (3, 97, 5), (17, 577, 33), (5, 1025, 576), (73, 256, 64), (150, 2311, 31), (145, 300, 16),
 ]  # fmt: skip
@@ -67,30 +67,14 @@ def run(hidden: Tensor, weight: Tensor | PackedWeight, targets: Tensor, temperat
     return [r.detach() for r in results] + [leaf.grad for leaf in (*leaves, learned)]
 
 
-def check_against_float64(cpu_class, shape, storage, temperature=1.0, with_bias=True, plain=False):
-    n, v, h = shape
-    hidden, bias, slopes = torch.randn(n, h), torch.randn(v), torch.randn(2, n)
-    master, targets = torch.randn(v, h) * 3 * h**-0.5, torch.randint(v, (n,))
-    tiles = cpu_class == "amx" and storage == torch.bfloat16
-    if tiles:
-        hidden = hidden.bfloat16().float()
-    dense = master.to(storage)
-    weight, own = (dense, None) if plain else (pack_weight(master, storage), master)
-    bias = bias if with_bias else None
-    loss, reference = weighted(slopes), linear_logprob_loss_reference
-    ours = run(hidden, weight, targets, temperature, bias, own, loss)
-    rough = [torch.bfloat16 if tiles else torch.float32] * 3  # see test_linear_logprob
-    torch_ = run(hidden, dense.float(), targets, temperature, bias, None, loss, reference)
-    wide = None if bias is None else bias.double()
-    truth = run(hidden.double(), dense.double(), targets, temperature, wide, None, loss, reference)
-    names = ["loss", "logprob", "entropy", "dhidden", *(["dbias"] if with_bias else []), "dweight"]
-    assert len(ours) == len(names) and ours[-1].dtype == (storage if plain else torch.float32)
-    depths = {"loss": n, "dhidden": v, "dbias": n, "dweight": n}
-    for i, name in enumerate(names):
-        dtype = [torch.float32] * 3 + rough
-        bound = torch_[i].to(storage if plain and name == "dweight" else dtype[i])
-        units = 8 + h**0.5 + depths.get(name, 0) ** 0.5
-        assert_close(ours[i], bound, truth[i], f"{name} of {shape}", units=units)
+def run_as_linear_logprob(*given) -> list[Tensor]:
+    """Its results and gradients, of the loss with these slopes; the loss itself is compared to the bit below."""
+    *inputs, slopes = given
+    return run(*inputs, weighted(slopes))[1:]
+
+
+def check_against_float64(*given, **options):
+    check_logprob(*given, **options, run_ours=run_as_linear_logprob)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -118,20 +102,7 @@ def test_ragged_shapes_against_float64(cpu_class, shape, storage, temperature, w
 
 @golden_cases("token_logprob_entropy")
 def test_golden(precision, case):
-    """A row of logits is the column of a weight (V, 1) that a hidden state of 1 picks."""
-    dtype, temperature = precision.dtype, case["inputs"]["temperature"]
-    rows = torch.tensor(case["inputs"]["logits"], dtype=dtype).flatten(0, 1)
-    labels = torch.tensor(case["inputs"]["labels"]).flatten()
-    want = {k: torch.tensor(v, dtype=dtype).flatten(0, 1) for k, v in case["outputs"].items()}
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        loss, logprob, entropy, _, gradient = run(
-            torch.ones(1, 1, dtype=dtype), row[:, None], label[None], temperature, None, None,
-            weighted(torch.tensor([[1.0], [0.0]])),
-        )  # fmt: skip
-        precision.assert_close(loss, want["logprob"][i], case["name"])
-        precision.assert_close(logprob[0], want["logprob"][i], case["name"])
-        precision.assert_close(entropy[0], want["entropy"][i], case["name"])
-        precision.assert_close(gradient[:, 0], want["grad_logprob_wrt_logits"][i], case["name"])
+    check_golden(precision, case, run_as_linear_logprob)
 
 
 def case_of(n: int, v: int, h: int, storage: torch.dtype):
@@ -226,9 +197,8 @@ def test_a_loss_without_slopes_has_gradients_of_zero(cpu_class):
     assert not constant[3].any() and not constant[4].any()
     h = hidden.clone().requires_grad_()
     loss = linear_logprob_loss(h, weight, targets, lambda lp, *_: lp.detach().sum())[0]
-    if loss.requires_grad:  # the pieces' function always asks; linear_logprob's graph has nothing to ask
-        loss.backward()
-        assert not h.grad.any()
+    loss.backward()
+    assert not h.grad.any()
 
 
 def test_a_second_backward_is_refused(cpu_class):
