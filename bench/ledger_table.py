@@ -77,13 +77,13 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join([*parts, _whole_calls(record["rows"]), _plan(record["plan"])])
 
 
-def totals(rows: list[Row], op: str) -> dict[str, dict[str, float]]:
-    """shape -> by -> bytes of memory over all phases, of those that do all phases that the engine does."""
+def totals(rows: list[Row], op: str, bytes_of: str = "memory") -> dict[str, dict[str, float]]:
+    """shape -> by -> bytes ("memory" or "requested") over all phases, of those that do all that the engine does."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         if row["op"] == op and "memory" in row:
             shape = row["case"].partition(", ")[2]
-            found.setdefault(shape, {}).setdefault(row["by"], {})[row["case"]] = row["memory"]
+            found.setdefault(shape, {}).setdefault(row["by"], {})[row["case"]] = row[bytes_of]
     return {
         shape: {
             by: sum(phases.values())
@@ -99,17 +99,22 @@ def _whole_calls(rows: list[Row]) -> str:
     lacks = {(row["op"], row["by"]): row.get("lacks", "") for row in rows}
     body = []
     for op in BAR:
+        requested = totals(rows, op, "requested")
         for shape, moved in totals(rows, op).items():
+            asked = requested[shape]
             for by, total in sorted(moved.items(), key=lambda pair: pair[1]):
-                ratio = f"{total / moved['engine']:.2f}"
-                body.append([op, shape or "–", by, number(total), ratio, lacks[op, by] or "–"])
+                ratios = f"{total / moved['engine']:.2f}", f"{asked[by] / asked['engine']:.2f}"
+                cells = number(total), ratios[0], number(asked[by]), ratios[1]
+                body.append([op, shape or "–", by, *cells, lacks[op, by] or "–"])
     text = (
         "## Forward and backward together: predicted, not measured\n\n"
         "Memory over all phases of a call. The engine moves the fewest bytes of all that do the whole work. What moves"
         " fewer lacks what its last column says: cut-cross-entropy never writes the gradients of the logits, but adds"
-        " to its results under locks, in another order at each run, and has no entropy.\n\n"
+        " to its results under locks, in another order at each run, and has no entropy; its programs ask for more"
+        " bytes than the engine's.\n\n"
     )
-    return text + _table(["op", "shape", "by", "memory, B", "to engine", "lacks"], body)
+    columns = ["op", "shape", "by", "memory, B", "to engine", "requested, B", "to engine", "lacks"]
+    return text + _table(columns, body)
 
 
 def _plan(rows: list[Row]) -> str:

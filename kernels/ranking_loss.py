@@ -43,8 +43,8 @@ def ranking_denominator(rank: Tensor, cu: Tensor, reduction: str = "prompt_mean_
     Summed over micro-batches (and processes) it is the `denominator` that makes them add up to the
     whole batch.
     """
-    check_ranking(rank, cu, reduction)
-    check_finite(rank)
+    check_ranking(rank, reduction)
+    check_values(rank, cu)
     total = 0
     for segment in rank.split(cu.diff().tolist()):
         pairs = int(_winners(segment).sum())
@@ -81,18 +81,18 @@ def ranking_loss_reference(
     return loss, torch.tensor(num_pairs), torch.tensor(num_correct)
 
 
-def check_ranking(rank: Tensor, cu: Tensor, reduction: str) -> None:
+def check_ranking(rank: Tensor, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {', '.join(REDUCTIONS)}")
-    check_offsets("cu", cu, rank.numel())
     if rank.dim() != 1 or rank.dtype == torch.bool or rank.is_complex():
         raise ValueError(
             f"rank: got {rank.dtype} of shape {tuple(rank.shape)}, want (N,) integers or floats"
         )
 
 
-def check_finite(rank: Tensor) -> None:
+def check_values(rank: Tensor, cu: Tensor) -> None:
     """On the CPU only: on a GPU reading them would wait for all that was launched before."""
+    check_offsets("cu", cu, rank.numel())
     if rank.device.type == "cpu" and rank.is_floating_point() and not rank.isfinite().all():
         at = int((~rank.isfinite()).nonzero()[0])
         raise ValueError(
@@ -117,7 +117,7 @@ def ranking_loss(
     ValueError on shapes, offsets and names that do not fit, and on ranks that are not finite.
     Source: InstructGPT Eq. 1 and section 3.5.
     """
-    check_ranking(rank, cu, reduction)
+    check_ranking(rank, reduction)
     check_vector("score", score, rank.numel(), score.dtype)
     if divided_later(denominator, score.dtype):
         loss, num_pairs, num_correct = ranking_loss(score, rank, cu, reduction, denominator=1.0)
@@ -125,7 +125,7 @@ def ranking_loss(
     divisor = check_denominator(denominator)
     backend = choose("ranking_loss", score)
     if backend != "cpp":  # which checks them while it reads them
-        check_finite(rank)
+        check_values(rank, cu)
     if backend == "reference":
         return ranking_loss_reference(score, rank, cu, reduction, divisor)
     if backend != "cpp" or rank.dtype != torch.float32:

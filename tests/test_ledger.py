@@ -184,6 +184,7 @@ def test_every_case_has_a_row(record):
 
 NARROW = "gradients in bfloat16"
 
+
 @pytest.mark.parametrize("op", ledger_table.BAR)
 def test_no_alternative_that_does_the_whole_work_moves_fewer_bytes(record, op):
     """Over all phases of a shape: what a forward leaves to its backward is paid for there. Gradients that are narrower

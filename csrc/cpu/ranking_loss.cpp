@@ -7,17 +7,12 @@ namespace engine {
 
 enum Reduction : int64_t { prompt_mean_valid = 0, prompt_mean_allpairs = 1, pair_mean = 2 };
 
-// What the prompt adds to the denominator of the batch, and what its own sum is divided by.
-struct Share {
-  int64_t count;
-  double divisor;
-};
-
-static inline Share share_of(int64_t reduction, int64_t answers, int64_t pairs) {
+// What a prompt's own sum is divided by.
+static inline double divisor_of(int64_t reduction, int64_t answers, int64_t pairs) {
   switch (reduction) {
-    case prompt_mean_valid: return {pairs > 0, static_cast<double>(pairs)};
-    case prompt_mean_allpairs: return {answers > 1, static_cast<double>(answers * (answers - 1) / 2)};
-    default: return {pairs, 1.0};
+    case prompt_mean_valid: return static_cast<double>(pairs);
+    case prompt_mean_allpairs: return static_cast<double>(answers * (answers - 1) / 2);
+    default: return 1.0;
   }
 }
 
@@ -34,6 +29,7 @@ struct Prompts {
 struct RankingSums {
   double loss;  // divided
   int64_t pairs, correct;
+  int64_t paired;  // prompts that have a pair
   bool finite;  // all ranks
 };
 
@@ -41,8 +37,8 @@ constexpr int64_t kPromptsPerBlock = 64;  // sums are added block by block, in o
 
 }  // namespace engine
 
-// What the prompts add to the denominator.
-ENGINE_KERNEL(int64_t, ranking_count, (const Prompts& prompts, int64_t reduction))
+// The prompts' pairs.
+ENGINE_KERNEL(int64_t, ranking_count, (const Prompts& prompts))
 // The part in the loss and the gradient of a block of prompts at most. `sum` has room for the answers of one prompt.
 ENGINE_KERNEL(RankingSums, ranking_prompts,
               (const Prompts& prompts, int64_t reduction, double total, double* sum, float* grad))
@@ -53,26 +49,12 @@ ENGINE_KERNEL(RankingSums, ranking_prompts,
 namespace engine::ENGINE_CLASS {
 
 template <typename T>
-ENGINE_INLINE int64_t pairs_of(const T* rank, int64_t n) {
+ENGINE_INLINE int64_t count_of(const T* rank, const Prompts& prompts) {
   int64_t pairs = 0;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) pairs += rank[i] < rank[j];
+  for (int64_t s = 0; s < prompts.number; ++s)
+    for (int64_t i = prompts.offset[s]; i < prompts.offset[s + 1]; ++i)
+      for (int64_t j = prompts.offset[s]; j < prompts.offset[s + 1]; ++j) pairs += rank[i] < rank[j];
   return pairs;
-}
-
-// Of prompt_mean_valid the denominator asks only whether there is a pair: whether two ranks differ.
-template <typename T>
-ENGINE_INLINE int64_t count_of(const T* rank, const Prompts& prompts, int64_t reduction) {
-  int64_t count = 0;
-  for (int64_t s = 0; s < prompts.number; ++s) {
-    const int64_t at = prompts.offset[s], n = prompts.offset[s + 1] - at;
-    int64_t pairs = 0;
-    if (reduction == pair_mean) pairs = pairs_of(rank + at, n);
-    if (reduction == prompt_mean_valid)
-      for (int64_t i = 1; i < n && pairs == 0; ++i) pairs = rank[at + i] != rank[at];
-    count += share_of(reduction, n, pairs).count;
-  }
-  return count;
 }
 
 // One prompt of any size and with scores of any size: its undivided sums. `sum` holds the gradient.
@@ -96,7 +78,7 @@ ENGINE_INLINE RankingSums one_prompt(const float* score, const T* rank, int64_t 
 }
 
 ENGINE_INLINE double weight_of(int64_t reduction, int64_t answers, int64_t pairs, double total) {
-  return pairs > 0 ? 1.0 / (share_of(reduction, answers, pairs).divisor * total) : 0.0;
+  return pairs > 0 ? 1.0 / (divisor_of(reduction, answers, pairs) * total) : 0.0;
 }
 
 // Most prompts have few answers, with scores that are not far apart. They lie side by side, one a lane
@@ -109,7 +91,7 @@ struct Block {
   double total;
   double* sum;
   float* grad;
-  RankingSums sums{0.0, 0, 0, true};
+  RankingSums sums{0.0, 0, 0, 0, true};
   vint pairs{}, correct{};
   vfloat odd{};  // nan where a rank is not finite
   // Logarithms are left to the end: one after the other each would wait for its own last step.
@@ -127,9 +109,11 @@ ENGINE_INLINE vfloat keep(Block<T>& block, const Lanes& lanes, bool all_pairs, c
   int32_t pairs[kLanes];
   std::memcpy(pairs, &lanes.pairs, sizeof(pairs));
   const double same = weight_of(block.reduction, answers[0], pairs[0], block.total);
+  if (all_pairs) block.sums.paired += kLanes;
   for (int lane = 0; lane < kLanes && !all_pairs; ++lane) {
     weights[lane] = weight_of(block.reduction, answers[lane], pairs[lane], block.total);
     narrow[lane] = static_cast<float>(weights[lane]);
+    block.sums.paired += pairs[lane] > 0;
   }
   block.pairs += lanes.pairs;
   block.correct += lanes.correct;
@@ -152,6 +136,7 @@ static void alone(Block<T>& block, int64_t s) {
   block.sums.loss += weight * own.loss;
   block.sums.pairs += own.pairs;
   block.sums.correct += own.correct;
+  block.sums.paired += own.pairs > 0;
 }
 
 // kLanes prompts of K answers each.
@@ -275,9 +260,9 @@ ENGINE_INLINE RankingSums prompts_of(const T* rank, const Prompts& prompts, int6
   return all;
 }
 
-int64_t ranking_count(const Prompts& prompts, int64_t reduction) {
-  return prompts.wide_rank ? count_of(static_cast<const double*>(prompts.rank), prompts, reduction)
-                           : count_of(static_cast<const float*>(prompts.rank), prompts, reduction);
+int64_t ranking_count(const Prompts& prompts) {
+  return prompts.wide_rank ? count_of(static_cast<const double*>(prompts.rank), prompts)
+                           : count_of(static_cast<const float*>(prompts.rank), prompts);
 }
 
 RankingSums ranking_prompts(const Prompts& prompts, int64_t reduction, double total, double* sum, float* grad) {
@@ -294,6 +279,7 @@ RankingSums ranking_prompts(const Prompts& prompts, int64_t reduction, double to
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -319,20 +305,26 @@ void in_blocks(const Prompts& all, int64_t numbers, const Run& run) {
   });
 }
 
-// The answers of the longest prompt. Offsets are checked here at the speed of vectors; check_offsets says what is wrong.
-int64_t longest_of(const at::Tensor& cu, int64_t total) {
+struct Lengths {
+  int64_t longest;  // answers of a prompt
+  int64_t several;  // prompts with two answers or more
+};
+
+// Offsets are checked here at the speed of vectors; check_offsets says what is wrong.
+Lengths lengths_of(const at::Tensor& cu, int64_t total) {
   if (!cu.device().is_cpu() || cu.scalar_type() != at::kInt || !cu.is_contiguous() || cu.dim() != 1 || cu.numel() < 1)
     check_offsets(cu, total, "cu");  // raises
   const int32_t* offset = cu.const_data_ptr<int32_t>();
   const int64_t last = cu.numel() - 1;
-  int32_t falls = 0, longest = 0;
+  int32_t falls = 0, longest = 0, several = 0;
   for (int64_t s = 0; s < last; ++s) {
     falls |= offset[s] > offset[s + 1];
     const int32_t n = static_cast<int32_t>(static_cast<uint32_t>(offset[s + 1]) - static_cast<uint32_t>(offset[s]));
     longest = n > longest ? n : longest;
+    several += n > 1;
   }
   if (falls != 0 || offset[0] != 0 || offset[last] != total) check_offsets(cu, total, "cu");  // raises
-  return longest;
+  return {longest, several};
 }
 
 // Raises ValueError at the first rank that is not finite.
@@ -344,14 +336,29 @@ void refuse_ranks(const at::Tensor& rank) {
                       ", want a finite number; leave an answer without a rank out of the batch");
 }
 
-// The batch's own denominator: prompts with a pair, prompts with K >= 2, or pairs.
-double own_denominator(const Prompts& prompts, int64_t reduction, int64_t num_blocks) {
+int64_t pairs_of_all(const Prompts& prompts, int64_t num_blocks) {
   std::vector<int64_t> counts(num_blocks);
   const auto count = pick_ranking_count();
-  in_blocks(prompts, 0, [&](int64_t b, const Prompts& some, double*) { counts[b] = count(some, reduction); });
-  int64_t total = 0;
-  for (int64_t each : counts) total += each;
-  return static_cast<double>(total);
+  in_blocks(prompts, 0, [&](int64_t b, const Prompts& some, double*) { counts[b] = count(some); });
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
+
+RankingSums sums_of_all(const Prompts& prompts, int64_t num_blocks, int64_t longest, int64_t reduction, double total,
+                        float* grad) {
+  std::vector<RankingSums> sums(num_blocks);
+  const auto run = pick_ranking_prompts();
+  in_blocks(prompts, longest, [&](int64_t b, const Prompts& some, double* room) {
+    sums[b] = run(some, reduction, total, room, grad);
+  });
+  RankingSums all{0.0, 0, 0, 0, true};
+  for (const RankingSums& each : sums) {
+    all.loss += each.loss;
+    all.pairs += each.pairs;
+    all.correct += each.correct;
+    all.paired += each.paired;
+    all.finite &= each.finite;
+  }
+  return all;
 }
 
 at::Tensor scalar(int64_t x) { return at::scalar_tensor(x, at::kLong); }
@@ -366,26 +373,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ranking_loss(const at
   TORCH_CHECK_VALUE(rank.scalar_type() == at::kDouble || rank.scalar_type() == at::kFloat, "rank: got dtype ",
                     rank.scalar_type(), ", want float32 or float64");
   TORCH_CHECK_VALUE(rank.sizes() == score.sizes(), "rank: got shape ", rank.sizes(), ", want ", score.sizes());
-  const int64_t longest = longest_of(cu, num_answers);
+  const Lengths lengths = lengths_of(cu, num_answers);
   const Prompts prompts{score.const_data_ptr<float>(), rank.const_data_ptr(), rank.scalar_type() == at::kDouble,
                         cu.const_data_ptr<int32_t>(), cu.numel() - 1, num_answers};
   const int64_t num_blocks = (prompts.number + kPromptsPerBlock - 1) / kPromptsPerBlock;
-  const double total = denominator ? *denominator : own_denominator(prompts, reduction, num_blocks);
-
   at::Tensor grad = at::empty_like(score);
-  float* gradients = grad.data_ptr<float>();
-  std::vector<RankingSums> sums(num_blocks);
-  const auto run = pick_ranking_prompts();
-  in_blocks(prompts, longest, [&](int64_t b, const Prompts& some, double* room) {
-    sums[b] = run(some, reduction, total, room, gradients);
-  });
-  RankingSums all{0.0, 0, 0, true};
-  for (const RankingSums& each : sums) {
-    all.loss += each.loss;
-    all.pairs += each.pairs;
-    all.correct += each.correct;
-    all.finite &= each.finite;
-  }
+  const auto divided_by = [&](double total) {
+    return sums_of_all(prompts, num_blocks, lengths.longest, reduction, total, grad.data_ptr<float>());
+  };
+  // All ranks of a prompt are seldom equal: that each has a pair is supposed, and seldom done again.
+  const auto supposed = [&] { return reduction == pair_mean ? pairs_of_all(prompts, num_blocks) : lengths.several; };
+  RankingSums all = divided_by(denominator ? *denominator : static_cast<double>(supposed()));
+  if (!denominator && reduction == prompt_mean_valid && all.paired != lengths.several) all = divided_by(all.paired);
   if (!all.finite) refuse_ranks(rank);
   return {at::scalar_tensor(all.loss, score.options()), scalar(all.pairs), scalar(all.correct), grad};
 }

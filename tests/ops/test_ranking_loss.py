@@ -307,7 +307,10 @@ def test_what_does_not_fit_is_named():
         ranking_loss(score, rank, cu, "mean")
     with pytest.raises(ValueError, match=r"score: got shape \(2,\), want \(3,\)"):
         ranking_loss(score[:2], rank, cu)
-    with pytest.raises(ValueError, match="cu: got"):
-        ranking_loss(score, rank, offsets([2]))
+    for bad in (offsets([2]), offsets([4]), offsets([3])[:0], offsets([3]).long()):
+        with pytest.raises(ValueError, match=r"cu(\[-1\])?: got"):
+            ranking_loss(score, rank, bad)
+    with pytest.raises(ValueError, match="cu: got .*never decrease"):
+        ranking_loss(score, rank, offsets([2, 1])[[0, 1, 0, 2]])
     with pytest.raises(ValueError, match="denominator: got 0.0, want the .positive. count"):
         ranking_loss(score, rank, cu, denominator=0.0)
