@@ -229,25 +229,8 @@ ENGINE_INLINE void multiply_in(vfloat chunk, Lanes& lanes) {
   }
 }
 
-// e^(s_j - s_i) of sorted answers i < j, the odds that their order is wrong; 0 where they tie, which is no pair.
-template <bool distinct>
-ENGINE_INLINE vfloat odds(const Lanes& lanes, const vfloat* e, const vfloat* inverse, int i, int j, vint& pairs,
-                          vint& correct) {
-  const vfloat x = e[j] * inverse[i];
-  const vint in_order = lanes.score[i] > lanes.score[j];
-  if (distinct) {
-    correct -= in_order;  // a mask is -1
-    return x;
-  }
-  const vint pair = lanes.rank[i] < lanes.rank[j];
-  pairs -= pair;
-  correct -= in_order & pair;
-  return (vfloat)((vint)x & pair);
-}
-
 // The pairs of K sorted answers. Where all ranks of all lanes differ (distinct) nothing is masked out; what a prompt gets
-// has the same bits. Two pairs share a division, 1 / ((1 + x) (1 + y)): it takes as long as ten products. A pair that is
-// left over goes the same way, as if y were 0, so that answers of other lanes change nothing.
+// has the same bits.
 template <int K, bool distinct>
 ENGINE_INLINE void add_pairs(const vfloat* e, const vfloat* inverse, Lanes& lanes) {
   vfloat grad[K], u{};
@@ -257,24 +240,24 @@ ENGINE_INLINE void add_pairs(const vfloat* e, const vfloat* inverse, Lanes& lane
   int open = 0;
 #pragma GCC unroll 8
   for (int i = 0; i < K - 1; ++i) {
+    const vfloat score = lanes.score[i], rank = lanes.rank[i];
     vfloat own = grad[i];
-#pragma GCC unroll 4
-    for (int j = i + 1; j < K; j += 2) {
-      const bool two = j + 1 < K;
-      const vfloat x = odds<distinct>(lanes, e, inverse, i, j, pairs, correct);
-      const vfloat y = two ? odds<distinct>(lanes, e, inverse, i, j + 1, pairs, correct) : vfloat{};
-      const vfloat over_x = x + 1.0f, over_y = y + 1.0f, both = two ? over_x * over_y : over_x;
-      const vfloat share = 1.0f / both, top_x = two ? x * over_y : x, wrong_x = top_x * share;
-      grad[j] += wrong_x;
-      own -= wrong_x;
-      if (two) {
-        const vfloat wrong_y = y * over_x * share;
-        grad[j + 1] += wrong_y;
-        own -= wrong_y;
+#pragma GCC unroll 8
+    for (int j = i + 1; j < K; ++j) {
+      vint in_order = score > lanes.score[j];
+      vfloat x = e[j] * inverse[i];
+      if (!distinct) {
+        const vint pair = rank < lanes.rank[j];
+        x = (vfloat)((vint)x & pair);
+        in_order &= pair;
+        pairs -= pair;  // a mask is -1
       }
-      u = u * both + (two ? top_x + y : x);
-      open += two ? 2 : 1;
-      if (open + 2 > kChunk) {
+      const vfloat over = x + 1.0f, wrong = x / over;
+      own -= wrong;
+      grad[j] += wrong;
+      u = u * over + x;
+      correct -= in_order;
+      if (++open == kChunk) {
         multiply_in(u, lanes);
         u = vfloat{};
         open = 0;

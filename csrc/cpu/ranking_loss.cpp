@@ -85,6 +85,9 @@ ENGINE_INLINE double weight_of(int64_t reduction, int64_t answers, int64_t pairs
 // (ranking_lanes.h); the others are done one by one. The way that a prompt goes follows from that prompt alone.
 template <typename T>
 struct Block {
+  // no zeros for products and weights, which are written first
+  Block(const Prompts& prompts, const T* rank, int64_t reduction, double total, double* sum, float* grad)
+      : prompts(prompts), rank(rank), reduction(reduction), total(total), sum(sum), grad(grad) {}
   const Prompts& prompts;
   const T* rank;
   int64_t reduction;
@@ -219,16 +222,17 @@ static void any_group(Block<T>& block, int64_t first, int count) {
 ENGINE_INLINE int64_t even_answers(const Prompts& prompts, int64_t first) {
   const int32_t* offset = prompts.offset + first;
   if (prompts.wide_rank || first + kLanes > prompts.number) return 0;
-  const int64_t n = offset[1] - offset[0];
-  int32_t other = 0;
-  for (int lane = 0; lane < kLanes; ++lane) other |= (offset[lane + 1] - offset[lane]) ^ static_cast<int32_t>(n);
-  return other == 0 && offset[kLanes - 1] + kRoom <= prompts.answers ? n : 0;
+  const int32_t n = offset[1] - offset[0];
+  vint begin, end;
+  std::memcpy(&begin, offset, sizeof(begin));
+  std::memcpy(&end, offset + 1, sizeof(end));
+  return !any_lane((end - begin) ^ n) && offset[kLanes - 1] + kRoom <= prompts.answers ? n : 0;
 }
 
 template <typename T>
 ENGINE_INLINE RankingSums prompts_of(const T* rank, const Prompts& prompts, int64_t reduction, double total,
                                      double* sum, float* grad) {
-  Block<T> block{prompts, rank, reduction, total, sum, grad};
+  Block<T> block(prompts, rank, reduction, total, sum, grad);
   for (int64_t first = 0; first < prompts.number; first += kLanes) {
     switch (even_answers(prompts, first)) {
       case 2: even_group<2>(block, first); break;
@@ -346,9 +350,8 @@ int64_t pairs_of_all(const Prompts& prompts, int64_t num_blocks) {
 RankingSums sums_of_all(const Prompts& prompts, int64_t num_blocks, int64_t longest, int64_t reduction, double total,
                         float* grad) {
   std::vector<RankingSums> sums(num_blocks);
-  const auto run = pick_ranking_prompts();
   in_blocks(prompts, longest, [&](int64_t b, const Prompts& some, double* room) {
-    sums[b] = run(some, reduction, total, room, grad);
+    sums[b] = pick_ranking_prompts()(some, reduction, total, room, grad);
   });
   RankingSums all{0.0, 0, 0, 0, true};
   for (const RankingSums& each : sums) {
