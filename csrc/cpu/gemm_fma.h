@@ -69,7 +69,7 @@ struct PairRows : PairPanel {
 
 struct FmaArguments {
   const float* a;
-  int64_t row, step;  // of A: floats to the next row, to the next depth
+  int64_t row, step;  // of A: floats to the next row, to the next depth; one of them is 1
   const char* b;
   int64_t panel_bytes, depth;
   float* c;
@@ -82,34 +82,77 @@ struct FmaArguments {
   int64_t b_step;  // bytes from a depth of B to the next, where it lies in rows
 };
 
-// Every loop over registers is unrolled completely, or the accumulators would live in memory.
+// Depths of one turn of the loop over a panel. A core that is shared with a neighbour's thread takes 3 instructions a cycle
+// of ours: what turns the loop costs as much there as what multiplies. One depth a turn: 26 for 12 multiply-adds.
+constexpr int kTogether = ENGINE_LANES == 8 ? 8 : 1;
+
+// One multiply-add of that loop. As the compiler's own, eight depths of them would change which register is written from
+// one to the next, and leave some sums in memory.
+template <bool kWritten>
+ENGINE_INLINE void add_product(vfloat& sum, vfloat a, vfloat b) {
+#if ENGINE_LANES == 8
+  if constexpr (kWritten) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return;
+  }
+#endif
+  sum = fmadd(a, b, sum);
+}
+
+// A pointer whose next places the compiler cannot foresee: it would hold eight depths' distances of each row in memory.
+template <typename T>
+ENGINE_INLINE void unforeseen(T*& p) {
+  asm("" : "+r"(p));
+}
+
+// acc += a depth of A, of rows `row` apart, times one of B. Every loop over registers is unrolled completely, or the
+// accumulators would live in memory.
 template <int ROWS, int PANELS, class B>
-static void fma_block(const FmaArguments& f) {
+ENGINE_INLINE void add_depth(const float* a, int64_t row, const char* b, int64_t panel_bytes,
+                             vfloat (&acc)[ROWS][2 * PANELS]) {
+  vfloat column[2 * PANELS];
+#pragma GCC unroll 16
+  for (int p = 0; p < PANELS; ++p) B::read(b + p * panel_bytes, column[2 * p], column[2 * p + 1]);
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    const vfloat x = splat(a[r * row]);
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * PANELS; ++v) add_product<PANELS == 1 && (ROWS > 2)>(acc[r][v], x, column[v]);
+  }
+}
+
+// kAlong: the depths of A lie side by side (step 1), else its rows.
+template <int ROWS, int PANELS, class B, bool kAlong>
+static void fma_loop(const FmaArguments& f) {
   float* const c = f.c;  // not through f, which the stores below might change for all GCC knows
-  const int64_t stride = f.stride, depth = f.depth, panel_bytes = f.panel_bytes, row = f.row, step = f.step;
+  const int64_t stride = f.stride, depth = f.depth, panel_bytes = f.panel_bytes;
+  const int64_t row = kAlong ? f.row : 1, step = kAlong ? 1 : f.step;
   const int64_t ahead_step = f.ahead_step, turn = f.turn, b_step = B::kInRows ? f.b_step : B::kDepthBytes;
   const float* a = f.a;
   const char *b = f.b, *ahead = f.ahead;
+  constexpr int kTurn = PANELS == 1 && ROWS > 2 ? kTogether : 1;
+  constexpr int kFetched = kTurn > 1 && B::kDepthBytes < 64 ? 2 : 1;  // depths of a line of memory
   bool add = f.load_c;
   int64_t k = 0;
   do {
     const int64_t end = k + B::kPiece < depth ? k + B::kPiece : depth;
     vfloat acc[ROWS][2 * PANELS] = {};
-    for (; k < end; ++k, a += step, b += b_step) {
+    for (; k + kTurn <= end; k += kTurn) {
       if constexpr (PANELS > 1) ahead = k == turn ? f.then : ahead;
+#pragma GCC unroll 8
+      for (int i = 0; i < kTurn; ++i) {
+        if (i % kFetched == 0) {
 #pragma GCC unroll 16
-      for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead + p * panel_bytes);
-      ahead += ahead_step;
-      vfloat column[2 * PANELS];
-#pragma GCC unroll 16
-      for (int p = 0; p < PANELS; ++p) B::read(b + p * panel_bytes, column[2 * p], column[2 * p + 1]);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const vfloat x = splat(a[r * row]);
-#pragma GCC unroll 16
-        for (int v = 0; v < 2 * PANELS; ++v) acc[r][v] = fmadd(x, column[v], acc[r][v]);
+          for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead + p * panel_bytes);
+          ahead += kFetched * ahead_step;
+        }
+        add_depth<ROWS, PANELS, B>(a, row, b, panel_bytes, acc);
+        a += step, b += b_step;
+        if (kTurn > 1 && !kAlong) unforeseen(a);
+        if (kTurn > 1 && B::kInRows) unforeseen(b);
       }
     }
+    for (; k < end; ++k, a += step, b += b_step) add_depth<ROWS, PANELS, B>(a, row, b, panel_bytes, acc);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
@@ -119,6 +162,11 @@ static void fma_block(const FmaArguments& f) {
       }
     add = true;
   } while (k < depth);
+}
+
+template <int ROWS, int PANELS, class B>
+static void fma_block(const FmaArguments& f) {
+  f.step == 1 ? fma_loop<ROWS, PANELS, B, true>(f) : fma_loop<ROWS, PANELS, B, false>(f);
 }
 
 // One element of C, in C's type.

@@ -79,10 +79,12 @@ def check_against_float64(
     depths = {"dhidden": v, "dbias": n, "dweight": n}
     for i, name in enumerate(names):
         bound = torch_[i].to(storage if plain and name == "dweight" else dtypes[i])
+        # The logarithm of a sum of 1 and more: of a row that is nearly certain, that sum's rounding is all there is.
+        beside = 1.0 if name == "entropy" else 0.0
         assert_close(
-            ours[i],
-            bound,
-            truth[i],
+            ours[i].double() + beside,
+            bound + beside,
+            truth[i] + beside,
             f"{name} of {shape}",
             units=8 + h**0.5 + depths.get(name, 0) ** 0.5,
         )
