@@ -111,7 +111,7 @@ def _whole_calls(rows: list[Row]) -> str:
         "Memory over all phases of a call. The engine moves the fewest bytes of all that do the whole work. What moves"
         " fewer lacks what its last column says: cut-cross-entropy never writes the gradients of the logits, but adds"
         " to its results under locks, in another order at each run, and has no entropy; its programs ask for more"
-        " bytes than the engine's.\n\n"
+        " bytes than the engine's. torch.compile, which keeps the logits, and verl ask for fewer.\n\n"
     )
     columns = ["op", "shape", "by", "memory, B", "to engine", "requested, B", "to engine", "lacks"]
     return text + _table(columns, body)

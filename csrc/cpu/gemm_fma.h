@@ -83,8 +83,10 @@ struct FmaArguments {
 };
 
 // Depths of one turn of the loop over a panel. A core that is shared with a neighbour's thread takes 3 instructions a cycle
-// of ours: what turns the loop costs as much there as what multiplies. One depth a turn: 26 for 12 multiply-adds.
-constexpr int kTogether = ENGINE_LANES == 8 ? 8 : 1;
+// of ours: what turns the loop costs as much there as what multiplies. One depth a turn: 28 for 12 multiply-adds, eight: 23.
+// Several panels beside each other would not fit the registers that way.
+template <int ROWS, int PANELS>
+constexpr int kTogether = ENGINE_LANES == 8 && PANELS == 1 && ROWS > 2 ? 8 : 1;
 
 // One multiply-add of that loop. As the compiler's own, eight depths of them would change which register is written from
 // one to the next, and leave some sums in memory.
@@ -117,7 +119,7 @@ ENGINE_INLINE void add_depth(const float* a, int64_t row, const char* b, int64_t
   for (int r = 0; r < ROWS; ++r) {
     const vfloat x = splat(a[r * row]);
 #pragma GCC unroll 16
-    for (int v = 0; v < 2 * PANELS; ++v) add_product<PANELS == 1 && (ROWS > 2)>(acc[r][v], x, column[v]);
+    for (int v = 0; v < 2 * PANELS; ++v) add_product<(kTogether<ROWS, PANELS> > 1)>(acc[r][v], x, column[v]);
   }
 }
 
@@ -130,7 +132,7 @@ static void fma_loop(const FmaArguments& f) {
   const int64_t ahead_step = f.ahead_step, turn = f.turn, b_step = B::kInRows ? f.b_step : B::kDepthBytes;
   const float* a = f.a;
   const char *b = f.b, *ahead = f.ahead;
-  constexpr int kTurn = PANELS == 1 && ROWS > 2 ? kTogether : 1;
+  constexpr int kTurn = kTogether<ROWS, PANELS>;
   constexpr int kFetched = kTurn > 1 && B::kDepthBytes < 64 ? 2 : 1;  // depths of a line of memory
   bool add = f.load_c;
   int64_t k = 0;
