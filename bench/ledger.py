@@ -136,13 +136,13 @@ def engine_row(case: Case) -> Row:
     torch.manual_seed(0)
     with _Unwritten():
         given = case.make("cpu", DTYPES[dtype_of(case)], **case.full)
-    original = linear_logprob._product, linear_logprob._add_product
-    linear_logprob._product, linear_logprob._add_product = _gpu_product, _gpu_add_product
+    original = linear_logprob.product, linear_logprob.add_product
+    linear_logprob.product, linear_logprob.add_product = _gpu_product, _gpu_add_product
     try:
         with torch.no_grad(), counting() as work:
             case.run(*given)
     finally:
-        linear_logprob._product, linear_logprob._add_product = original
+        linear_logprob.product, linear_logprob.add_product = original
     return _row(
         case,
         ENGINE,

@@ -108,10 +108,12 @@ def _whole_calls(rows: list[Row]) -> str:
                 body.append([op, shape or "–", by, *cells, lacks[op, by] or "–"])
     text = (
         "## Forward and backward together: predicted, not measured\n\n"
-        "Memory over all phases of a call. The engine moves the fewest bytes of all that do the whole work. What moves"
-        " fewer lacks what its last column says: cut-cross-entropy never writes the gradients of the logits, but adds"
-        " to its results under locks, in another order at each run, and has no entropy; its programs ask for more"
-        " bytes than the engine's. torch.compile, which keeps the logits, and verl ask for fewer.\n\n"
+        "Bytes over all phases of a call. The engine's are the fewest: against the programs of libraries, which go"
+        " through the same counter, by what they load and store (*requested*, also where they do less of the work);"
+        " against torch's operations by what each reads and writes (*memory*). Two are below the engine by the other"
+        " count. cut-cross-entropy's memory: it never writes the gradients of the logits, but adds to its results under"
+        " locks, in another order at each run, in bfloat16 and without entropy. torch.compile's requests: it keeps the"
+        " logits, tokens x vocabulary, where the engine makes them again.\n\n"
     )
     columns = ["op", "shape", "by", "memory, B", "to engine", "requested, B", "to engine", "lacks"]
     return text + _table(columns, body)

@@ -205,6 +205,16 @@ def test_no_alternative_that_does_the_whole_work_moves_fewer_bytes(record, op):
             assert total >= least, f"{op} {shape}: {by} moves {total}, the engine {least}"
 
 
+@pytest.mark.parametrize("op", ledger_table.BAR)
+def test_no_library_s_kernels_load_and_store_fewer_bytes(record, op):
+    """By the counter that all go through, whatever their work lacks."""
+    for shape, moved in ledger_table.totals(record["rows"], op, "requested").items():
+        for by in moved.keys() - {ledger.EAGER, ledger.COMPILED}:
+            assert moved[by] >= moved[ledger.ENGINE], f"{op} {shape}: {by} asks for fewer"
+    libraries_of_op = {row["by"] for row in record["rows"] if row["op"] == op and "memory" in row}
+    assert op != "linear_logprob" or {"cut-cross-entropy", "liger-kernel", "verl"} < libraries_of_op
+
+
 def test_totals_are_of_whole_calls():
     rows = [
         {"op": "x", "case": case, "by": by, "memory": memory}

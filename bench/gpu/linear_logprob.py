@@ -83,7 +83,7 @@ SMALL, SMALLER = {"N": 30, "V": 600, "H": 576}, {"N": 30, "V": 300, "H": 256}
 WHY = (
     "each tile loads its hidden states and its rows of the weight: N V H size (1 / BLOCK_M + 1 / BLOCK_N) bytes in all,"
     " of which the second cache serves all but the compulsory ones while ROWS hidden states fit it; forward, 3 numbers"
-    " a row and tile (of many rows in 16 bits: a row and 16 tiles) are stored and loaded, 24 N V / BLOCK_N bytes"
+    " a row and half of a tile (of many rows in 16 bits: a row and 2,048 columns) are stored and loaded"
 )
 
 

@@ -49,6 +49,7 @@ def run(op: str, name: str, dtype: torch.dtype, shape: dict[str, int]) -> tuple[
 
 def _run(op: str, name: str, dtype: torch.dtype, shape: dict[str, int]) -> tuple[float, int]:
     from functorch.compile import aot_function, min_cut_rematerialization_partition
+    from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table
 
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
@@ -57,7 +58,8 @@ def _run(op: str, name: str, dtype: torch.dtype, shape: dict[str, int]) -> tuple
     ahead, back = eager.phases(name)
     eager.DEVICE = "cpu"
     try:
-        with FakeTensorMode():
+        # a CPU with several threads leaves scatter_add to a kernel of its own; a GPU fuses it
+        with config.patch({"cpp.fallback_scatter_reduce_sum": False}), FakeTensorMode():
             given, forward = eager.WORK[op](name, dtype, **shape)
             if not back:
                 given = tuple(x.detach() for x in given)

@@ -1,4 +1,4 @@
-"""Blocks of numbers that lie side by side. The last one ends at n.
+"""Blocks of numbers that lie side by side, the last of which ends at n; and tiles of them.
 
 A mask of an n that need not be a multiple of 16 would have every number loaded and stored on its own; the blocks that
 n does not cut need none, and move 128 bits at a time.
@@ -24,3 +24,10 @@ def store_block(x, first, n, block, BLOCK: tl.constexpr):
         tl.store(x + at, block)
     else:
         tl.store(x + at, block, mask=at < n)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile's columns, for work that would need too many registers on all of them."""
+    columns: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, columns)), (0, 2, 1)))

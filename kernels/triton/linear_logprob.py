@@ -5,9 +5,11 @@
     logprob = (z_y - M) - log S,  entropy = log S - B / S
 
 A tile lives in registers, and PIECE tiles are joined there one after the other: memory holds 3 numbers a row and
-piece. Where that would leave fewer than MANY programs it holds 3 a row and tile, and the tiles of a piece are joined
-where pieces are merged, by the same function in the same order. The widths of tiles and pieces depend on the vocabulary
-alone, so that a row's result does not depend on the other rows, nor on which of the two it was.
+piece. Where that would leave fewer than MANY programs it holds 3 a row and half of a tile, and those of a piece are
+joined where pieces are merged, by the same function in the same order. The widths of tiles and pieces depend on the
+vocabulary alone, so that a row's result does not depend on the other rows, nor on which of the two it was.
+What is made of a tile is made of one half of its columns, then of the other: with half as many registers beside it the
+tile itself can be twice as wide, and the tiles of a vocabulary load their hidden states half as often.
 The gradient of the logits is made again a slab of the vocabulary at a time; the products with it are the library's.
 """
 
@@ -16,31 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import halves
+from ._head import add_product, check_vocabulary, product, rows_at_once, table, without_pieces
 from ._launch import Config, cdiv, config, launch
-
-# Rows at once, at least: their hidden states stay in the second cache while the vocabulary goes by.
-ROWS, HIDDEN_BYTES = 4096, 16 << 20
 
 
 @triton.jit
-def tile_logits(
+def tile_products(
     hidden,  # at the first row
     weight,
-    bias,
-    inverse_temperature,
-    row_inside,  # (BLOCK_M,): rows that are loaded; the others are 0 plus bias
+    row_inside,  # (BLOCK_M,): rows that are loaded; the others are 0
     column,  # the first
-    V: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """z (BLOCK_M, BLOCK_N) float32, -inf behind the vocabulary."""
+    column_inside,  # (BLOCK_N,), as row_inside
+    H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden weight^T (BLOCK_M, BLOCK_N) float32."""
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     h_at = hidden + m[:, None] * H + k[None, :]
     w_at = weight + tl.cast(column, tl.int64) * H + n[None, :] * H + k[:, None]
-    column_inside = column + n < V
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, H, BLOCK_K):
         h_mask, w_mask = row_inside[:, None], column_inside[None, :]
@@ -50,10 +45,17 @@ def tile_logits(
         h = tl.load(h_at + k0, mask=h_mask, other=0.0).to(weight.dtype.element_ty)
         w = tl.load(w_at + k0, mask=w_mask, other=0.0)
         sums = tl.dot(h, w, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def logits(sums, bias, inverse_temperature, column, V: tl.constexpr):
+    """z of the products' columns, -inf behind the vocabulary."""
+    n = column + tl.arange(0, sums.shape[1])
     if bias is not None:
-        sums += tl.load(bias + column + n, mask=column_inside, other=0.0)[None, :]
+        sums += tl.load(bias + n, mask=n < V, other=0.0)[None, :]
     z = sums * tl.cast(inverse_temperature, tl.float32)
-    return tl.where(column_inside[None, :], z, float("-inf"))
+    return tl.where((n < V)[None, :], z, float("-inf"))
 
 
 @triton.jit
@@ -69,13 +71,30 @@ def _joined(most, total, weighted, m, s, b):
 
 
 @triton.jit
-def _store_target(target_z, row, inside, target, z, column, V: tl.constexpr, BLOCK_N: tl.constexpr):
+def _store_target(target_z, row, inside, target, z, column, V: tl.constexpr):
     """The target's logit, from the same sums as the statistics, where a tile holds it."""
     y = target - column
-    here = inside & (y >= 0) & (y < BLOCK_N) & (y + column < V)
-    # a gather: comparing each column with y would take registers from a second block
+    here = inside & (y >= 0) & (y < z.shape[1]) & (y + column < V)
+    # a gather: comparing each column with y would take more registers
     z_y = tl.gather(z, tl.where(here, y, 0).to(tl.int32)[:, None], 1)
     tl.store(target_z + row, tl.sum(z_y, 1), mask=here)
+
+
+@triton.jit
+def _of_columns(z):
+    """(m, s, b) of the columns of z."""
+    m = tl.max(z, 1)
+    below = z - tl.where(m == float("-inf"), 0.0, m)[:, None]
+    e = tl.exp(below)
+    b = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)  # 0 times -inf is 0
+    return m, tl.sum(e, 1), b
+
+
+@triton.jit
+def _store_statistics(out, plane, m, s, b, inside):
+    tl.store(out, m, mask=inside)
+    tl.store(out + plane, s, mask=inside)
+    tl.store(out + 2 * plane, b, mask=inside)
 
 
 # N is not specialised in: a kernel compiled for a multiple of 16 might sum a row in another order.
@@ -85,20 +104,17 @@ def _statistics(
     weight,  # (V, H)
     bias,  # (V,) or None
     targets,  # (N,)
-    statistics,  # (3, pieces, N)
+    statistics,  # (3, pieces, N), or of PIECE 1 (3, halves of tiles, N)
     target_z,  # (N,)
     inverse_temperature,
     N,
-    V: tl.constexpr,
-    H: tl.constexpr,
     PIECE: tl.constexpr,  # tiles
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    V: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     piece, pieces = tl.program_id(1), tl.num_programs(1)
-    row = row0 + tl.arange(0, BLOCK_M)
+    row, n = row0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    half: tl.constexpr = BLOCK_N // 2
     inside = row < N
     target = tl.load(targets + row, mask=inside, other=-1)
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -106,30 +122,34 @@ def _statistics(
     weighted = tl.zeros((BLOCK_M,), tl.float32)
     for tile in tl.range(0, PIECE, disable_licm=True):
         column = (piece * PIECE + tile) * BLOCK_N
-        z = tile_logits(
-            hidden + row0 * H, weight, bias, inverse_temperature, inside, column,
-            V, H, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
+        sums = tile_products(
+            hidden + row0 * H, weight, inside, column, column + n < V, H, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        left, right = halves(sums)
+        left = logits(left, bias, inverse_temperature, column, V)
+        _store_target(target_z, row, inside, target, left, column, V)
+        m_left, s_left, b_left = _of_columns(left)
         if PIECE > 1:
-            _store_target(target_z, row, inside, target, z, column, V, BLOCK_N)
-        m = tl.max(z, 1)
-        below = z - tl.where(m == float("-inf"), 0.0, m)[:, None]
-        e = tl.exp(below)
-        b = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)  # 0 times -inf is 0
-        most, total, weighted = _joined(most, total, weighted, m, tl.sum(e, 1), b)
-        if PIECE == 1:  # of one tile this place takes fewer registers, of more the other one
-            _store_target(target_z, row, inside, target, z, column, V, BLOCK_N)
-    out = statistics + tl.cast(piece, tl.int64) * N + row
-    plane = tl.cast(pieces, tl.int64) * N
-    tl.store(out, most, mask=inside)
-    tl.store(out + plane, total, mask=inside)
-    tl.store(out + 2 * plane, weighted, mask=inside)
+            most, total, weighted = _joined(most, total, weighted, m_left, s_left, b_left)
+        right = logits(right, bias, inverse_temperature, column + half, V)
+        _store_target(target_z, row, inside, target, right, column + half, V)
+        m_right, s_right, b_right = _of_columns(right)
+        if PIECE == 1:
+            plane = 2 * tl.cast(pieces, tl.int64) * N
+            out = statistics + 2 * tl.cast(piece, tl.int64) * N + row
+            _store_statistics(out, plane, m_left, s_left, b_left, inside)
+            _store_statistics(out + N, plane, m_right, s_right, b_right, inside)
+        else:
+            most, total, weighted = _joined(most, total, weighted, m_right, s_right, b_right)
+    if PIECE > 1:
+        plane = tl.cast(pieces, tl.int64) * N
+        out = statistics + tl.cast(piece, tl.int64) * N + row
+        _store_statistics(out, plane, most, total, weighted, inside)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _merge(
-    statistics,  # (3, TILES, N), of tiles or of pieces
+    statistics,  # (3, TILES, N), of halves of tiles or of pieces
     target_z,  # (N,)
     targets,  # (N,)
     logprob,  # (N,), as the three that follow
@@ -137,12 +157,9 @@ def _merge(
     row_max,
     log_sum,
     N,
-    V: tl.constexpr,
-    TILES: tl.constexpr,
     JOIN: tl.constexpr,  # so many make a piece
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    V: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < N
     plane = tl.cast(N, tl.int64) * TILES
@@ -150,7 +167,7 @@ def _merge(
     total = tl.zeros((BLOCK_R,), tl.float32)
     weighted = tl.zeros((BLOCK_R,), tl.float32)
     for t0 in range(0, TILES, BLOCK_T * JOIN):
-        # as _statistics joins the tiles of a piece
+        # as _statistics joins the halves of a piece's tiles
         m = tl.full((BLOCK_T, BLOCK_R), float("-inf"), tl.float32)
         s = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
         b = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
@@ -182,6 +199,37 @@ def _merge(
     tl.store(log_sum + row, log_total, mask=inside)
 
 
+@triton.jit
+def _store_gradient(
+    z,  # (BLOCK_M, columns)
+    column,  # the first
+    dz,  # at the first row and column
+    bias_sums,  # at the first column, or None
+    of_block,  # rows inside, targets: (BLOCK_M,); at the first row what rows have; inverse_temperature
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dz_j = [ g_logprob (1{j = y} - p_j) - g_entropy p_j (log p_j + entropy) ] / temperature."""
+    row_inside, target, of_rows, inverse_temperature = of_block
+    grad_logprob, grad_entropy, row_max, log_sum, entropy = of_rows
+    m, n = tl.arange(0, z.shape[0]), tl.arange(0, z.shape[1])
+    log_p = z - tl.load(row_max + m, mask=row_inside, other=0.0)[:, None]
+    log_p = log_p - tl.load(log_sum + m, mask=row_inside, other=0.0)[:, None]
+    p = tl.exp(log_p)
+    y = target - column
+    g_logprob = tl.load(grad_logprob + m, mask=row_inside, other=0.0)[:, None]
+    g_entropy = tl.load(grad_entropy + m, mask=row_inside, other=0.0)[:, None]
+    mean = tl.load(entropy + m, mask=row_inside, other=0.0)[:, None]
+    # 1 - p before the product: where p is 1 the gradient is 0
+    slope = g_logprob * (tl.where(y[:, None] == n[None, :], 1.0, 0.0) - p)
+    slope -= g_entropy * tl.where(p == 0.0, 0.0, p * (log_p + mean))
+    slope = tl.where(row_inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)
+    live = row_inside[:, None] & (column + n < V)[None, :]
+    tl.store(dz + m[:, None] * WIDTH + n[None, :], slope.to(dz.dtype.element_ty), mask=live)
+    if bias_sums is not None:
+        tl.store(bias_sums + n, tl.sum(slope, 0), mask=column + n < V)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _slab_gradient(
     grad_logprob,  # (N,), as the one that follows
@@ -198,61 +246,30 @@ def _slab_gradient(
     inverse_temperature,
     first,
     N,
-    V: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dz_j = [ g_logprob (1{j = y} - p_j) - g_entropy p_j (log p_j + entropy) ] / temperature."""
-    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
-    n = tl.arange(0, BLOCK_N)
-    slab_column = tl.program_id(1) * BLOCK_N + n
-    row, column = row0 + tl.arange(0, BLOCK_M), first + tl.program_id(1) * BLOCK_N
+    V: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of logits. Offsets from its first row are of 32 bits: they take half of the registers."""
+    block = tl.program_id(0).to(tl.int64)
+    row0 = block * BLOCK_M
+    slab_column = tl.program_id(1) * BLOCK_N
+    row, column = row0 + tl.arange(0, BLOCK_M), first + slab_column
     inside = row < N
-    z = tile_logits(
-        hidden + row0 * H, weight, bias, inverse_temperature, inside, column,
-        V, H, BLOCK_M, BLOCK_N, BLOCK_K,
+    sums = tile_products(
+        hidden + row0 * H, weight, inside, column, column + tl.arange(0, BLOCK_N) < V,
+        H, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-
-    log_p = z - tl.load(row_max + row, mask=inside, other=0.0)[:, None]
-    log_p = log_p - tl.load(log_sum + row, mask=inside, other=0.0)[:, None]
-    p = tl.exp(log_p)
-    y = tl.load(targets + row, mask=inside, other=-1) - column
-    g_logprob = tl.load(grad_logprob + row, mask=inside, other=0.0)[:, None]
-    g_entropy = tl.load(grad_entropy + row, mask=inside, other=0.0)[:, None]
-    mean = tl.load(entropy + row, mask=inside, other=0.0)[:, None]
-    # 1 - p before the product: where p is 1 the gradient is 0
-    slope = g_logprob * (tl.where(y[:, None] == n[None, :], 1.0, 0.0) - p)
-    slope -= g_entropy * tl.where(p == 0.0, 0.0, p * (log_p + mean))
-    slope = tl.where(inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)
-
-    live = inside[:, None] & (column + n < V)[None, :]
-    at = dz + row[:, None] * WIDTH + slab_column[None, :]
-    tl.store(at, slope.to(dz.dtype.element_ty), mask=live)
+    target = tl.load(targets + row, mask=inside, other=-1).to(tl.int32)
+    of_rows = (grad_logprob + row0, grad_entropy + row0, row_max + row0, log_sum + row0, entropy + row0)  # fmt: skip
+    left, right = halves(logits(sums, bias, inverse_temperature, column, V))
+    half: tl.constexpr = BLOCK_N // 2
+    at, at_sums, right_sums = dz + row0 * WIDTH + slab_column, bias_sums, bias_sums
     if bias_sums is not None:
-        at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column
-        tl.store(at, tl.sum(slope, 0), mask=column + n < V)
-
-
-def table(name: str, weight: Tensor) -> Config:
-    """The row for a vocabulary, in float32's own table where products cannot use tensor cores."""
-    suffix = "_float32" if weight.dtype == torch.float32 else ""
-    return config(name + suffix, weight.shape[0], weight.device)
-
-
-def without_pieces(tuned: Config) -> tuple[Config, int, int]:
-    """What the kernels are given; the tiles of a piece; and the programs that there must be at least to join them."""
-    blocks = dict(tuned.blocks)
-    piece, many = blocks.pop("PIECE"), blocks.pop("MANY")
-    return Config(blocks, tuned.num_warps, tuned.num_stages), piece, many
-
-
-def rows_at_once(hidden: Tensor) -> int:
-    """ROWS, or up to four times as many while their hidden states are within HIDDEN_BYTES."""
-    rows = HIDDEN_BYTES // max(1, hidden.shape[1] * hidden.element_size()) // ROWS * ROWS
-    return max(ROWS, min(rows, 4 * ROWS))
+        at_sums = bias_sums + block * WIDTH + slab_column
+        right_sums = at_sums + half
+    same = (inside, target, of_rows, inverse_temperature)
+    _store_gradient(left, column, at, at_sums, same, V, WIDTH)
+    _store_gradient(right, column + half, at + half, right_sums, same, V, WIDTH)
 
 
 def tile_statistics(
@@ -263,10 +280,11 @@ def tile_statistics(
     bias: Tensor | None,  # (V,)
     tuned: Config,
     piece: int,  # tiles that are joined at once
-) -> tuple[Tensor, Tensor]:  # statistics (3, pieces, N), target_z (N,)
+) -> tuple[Tensor, Tensor]:  # statistics (3, pieces or halves of tiles, N), target_z (N,)
     (N, H), V = hidden.shape, dense.shape[0]
     pieces = cdiv(cdiv(V, tuned.blocks["BLOCK_N"]), piece)
-    statistics = hidden.new_empty((3, pieces, N), dtype=torch.float32)
+    entries = pieces if piece > 1 else 2 * pieces
+    statistics = hidden.new_empty((3, entries, N), dtype=torch.float32)
     target_z = hidden.new_empty(N, dtype=torch.float32)
     grid = (cdiv(N, tuned.blocks["BLOCK_M"]), pieces)
     arguments = (hidden, dense, bias, targets, statistics, target_z, 1.0 / temperature, N)
@@ -275,7 +293,7 @@ def tile_statistics(
 
 
 def merge(
-    statistics: Tensor,  # (3, tiles or pieces, N)
+    statistics: Tensor,  # (3, halves of tiles or pieces, N)
     target_z: Tensor,  # (N,)
     targets: Tensor,  # (N,)
     results: list[Tensor],  # logprob, entropy, row_max, log_sum: (N,)
@@ -287,11 +305,6 @@ def merge(
     grid = (cdiv(N, tuned.blocks["BLOCK_R"]),)
     arguments = (statistics, target_z, targets, *results, N)
     launch(_merge, grid, *arguments, config=tuned, V=V, TILES=tiles, JOIN=join)
-
-
-def check_vocabulary(dense: Tensor) -> None:
-    if dense.shape[0] == 0:
-        raise ValueError("weight: got no rows, want a vocabulary of one token or more")
 
 
 def linear_logprob(
@@ -318,23 +331,8 @@ def linear_logprob(
             hidden[rows], dense, targets[rows], temperature, bias, tuned, joined
         )
         of_rows = [x[rows] for x in results]
-        merge(statistics, target_z, targets[rows], of_rows, V, piece // joined)
+        merge(statistics, target_z, targets[rows], of_rows, V, 1 if joined > 1 else 2 * piece)
     return results
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, summed and given in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a.float(), b.float(), out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in float32 and by the product itself, so that the sum passes memory once."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        torch.addmm(total, a.float(), b.float(), out=total)
 
 
 def linear_logprob_backward(
@@ -391,9 +389,9 @@ def linear_logprob_backward(
                 config=tuned, V=V, H=H, WIDTH=width,
             )  # fmt: skip
         if need_hidden:
-            _add_product(dh, dz[:, :used], dense[columns])
+            add_product(dh, dz[:, :used], dense[columns])
         if need_weight:
-            _product(dz[:, :used].T, h, out=dw[columns])
+            product(dz[:, :used].T, h, out=dw[columns])
         if sums is not None:
             torch.sum(sums[:, :used], 0, out=db[columns])
     return dh.to(hidden.dtype if need_hidden else wide), dw, db

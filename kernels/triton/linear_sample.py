@@ -1,4 +1,4 @@
-"""linear_sample on a GPU: a tile of the vocabulary by the tiles' masses, then the token by its logits, made again.
+"""linear_sample on a GPU: half a tile of the vocabulary by their masses, then the token by its logits, made again.
 
 The statistics of tiles, and what is made of them, are linear_logprob's own kernels on its own tiles. A row without a
 distribution (all logits -inf, or nan among them) has the log-probability nan: reading it on the host to raise
@@ -10,16 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._head import ROWS, check_vocabulary, table, without_pieces
 from ._launch import Config, launch, next_power_of_2
-from .linear_logprob import (
-    ROWS,
-    check_vocabulary,
-    merge,
-    table,
-    tile_logits,
-    tile_statistics,
-    without_pieces,
-)
+from .linear_logprob import logits, merge, tile_products, tile_statistics
 
 
 @triton.jit
@@ -40,7 +33,7 @@ def _pick(
     weight,  # (V, H)
     bias,  # (V,) or None
     uniform,  # (N,) float64
-    statistics,  # (3, TILES, N)
+    statistics,  # (3, TILES, N), of halves of tiles
     token,  # (N,)
     token_z,  # (N,)
     inverse_temperature,
@@ -62,21 +55,21 @@ def _pick(
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     mass = sums.to(tl.float64) * tl.exp(most - shift).to(tl.float64)
     wanted = tl.load(uniform + row) * tl.sum(mass, 0)
-    tile, before = _invert(mass, wanted, t, BLOCK_T)
-    fraction = (wanted - before) / tl.sum(tl.where(t == tile, mass, 0.0), 0)
+    half, before = _invert(mass, wanted, t, BLOCK_T)
+    fraction = (wanted - before) / tl.sum(tl.where(t == half, mass, 0.0), 0)
 
-    # the tile again, this row at its old place and the others 0: the same sums to the bit
+    # its tile again, this row at its old place, the others and the other half 0: the same sums to the bit
     m, row0 = tl.arange(0, BLOCK_M), row // BLOCK_M * BLOCK_M
     this = m == row - row0
-    z = tile_logits(
-        hidden + row0 * H, weight, bias, inverse_temperature, this, tile * BLOCK_N,
-        V, H, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    z = tl.sum(tl.where(this[:, None], z, 0.0), 0)
-    n = tl.arange(0, BLOCK_N)
-    within = tl.exp(z - tl.sum(tl.where(t == tile, most, 0.0), 0)).to(tl.float64)
+    n, column = tl.arange(0, BLOCK_N), half // 2 * BLOCK_N
+    loaded = (n // (BLOCK_N // 2) == half % 2) & (column + n < V)
+    sums = tile_products(hidden + row0 * H, weight, this, column, loaded, H, BLOCK_M, BLOCK_N, BLOCK_K)
+    sums = tl.sum(tl.where(this[:, None], sums, 0.0), 0)
+    z = tl.sum(logits(sums[None, :], bias, inverse_temperature, column, V), 0)
+    within = tl.exp(z - tl.sum(tl.where(t == half, most, 0.0), 0)).to(tl.float64)
+    within = tl.where(loaded, within, 0.0)
     chosen, _ = _invert(within, fraction * tl.sum(within, 0), n, BLOCK_N)
-    tl.store(token + row, (tile * BLOCK_N + chosen).to(tl.int64))
+    tl.store(token + row, (column + chosen).to(tl.int64))
     tl.store(token_z + row, tl.sum(tl.where(n == chosen, z, 0.0), 0))
 
 
@@ -105,9 +98,9 @@ def linear_sample(
         rows = slice(first, first + ROWS)
         h, y = hidden[rows], token[rows]
         statistics, z = tile_statistics(h, dense, y, temperature, bias, tuned, piece=1)
-        tiles = statistics.shape[1]
+        parts = statistics.shape[1]
         arguments = (h, dense, bias, uniform[rows], statistics, y, z, 1.0 / temperature, len(h))
-        constants = {"V": V, "H": H, "TILES": tiles, "BLOCK_T": next_power_of_2(tiles)}
+        constants = {"V": V, "H": H, "TILES": parts, "BLOCK_T": next_power_of_2(parts)}
         launch(_pick, (len(h),), *arguments, config=picking, **constants)
-        merge(statistics, z, y, [x[rows] for x in results], V, join=piece)
+        merge(statistics, z, y, [x[rows] for x in results], V, join=2 * piece)
     return token, results[0], results[1]

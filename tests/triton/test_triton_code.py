@@ -246,7 +246,7 @@ def test_a_kernel_that_nothing_launches_is_named():
         "kernels/triton/gae.py, _backward",
     ]
     # called by kernels, in their own file and from another
-    assert not {("_scan", "recurrence"), ("linear_logprob", "tile_logits")} & defined
+    assert not {("_scan", "recurrence"), ("linear_logprob", "tile_products")} & defined
 
 
 def test_a_kernel_is_either_wide_or_has_a_reason_not_to_be():

@@ -15,7 +15,7 @@ from bench import aot_plan, gpu
 from engine.kernels._backend import backend
 from engine.kernels.linear import PackedWeight, pack_weight
 from engine.kernels.linear_logprob import linear_logprob, linear_logprob_reference
-from engine.kernels.triton import _launch
+from engine.kernels.triton import _head, _launch
 from engine.kernels.triton import linear_logprob as kernels
 
 
@@ -196,22 +196,24 @@ def test_a_row_knows_nothing_of_the_others(monkeypatch):
                 part = torch.stack(run(hidden[cut], weight, targets[cut], 0.7, bias))
                 assert torch.equal(part, whole[:, cut]), (first, rows)
     with blocks(**{**tiles, "m": 32}):
-        monkeypatch.setattr(kernels, "ROWS", 16)
-        monkeypatch.setattr(kernels, "HIDDEN_BYTES", 0)
+        monkeypatch.setattr(_head, "ROWS", 16)
+        monkeypatch.setattr(_head, "HIDDEN_BYTES", 0)
         assert torch.equal(whole, torch.stack(run(hidden, weight, targets, 0.7, bias)))
 
 
 @pytest.mark.parametrize("arch", [*_launch.NVIDIA, *_launch.AMD])
 @pytest.mark.parametrize(
     "rows, vocabulary, joined",
-    [(8192, 49152, 16), (8192, 32000, 16), (8192, 1000, 1), (512, 49152, 1), (1024, 128256, 16)],
+    [(8192, 49152, True), (8192, 32000, True), (8192, 1000, False), (512, 49152, False), (1024, 128256, True)],
 )
 def test_tiles_are_joined_where_many_programs_stay(arch, rows, vocabulary, joined):
     case = next(case for case in gpu.cases() if case.op == "linear_logprob")
     shape = {"N": rows, "V": vocabulary, "H": 576}
     first, last = aot_plan.launches(case, arch, "bfloat16", shape=shape)
-    assert first.constants["PIECE"] == joined and last.constants["JOIN"] == 16 // joined
-    assert joined == 1 or math.prod(first.grid) >= (1000 if rows == 8192 else 500)
+    tiles = 2048 // first.config.blocks["BLOCK_N"]  # of a piece
+    assert first.constants["PIECE"] == (tiles if joined else 1)
+    assert last.constants["JOIN"] == (1 if joined else 2 * tiles)  # halves
+    assert not joined or math.prod(first.grid) >= (1000 if rows == 8192 else 500)
 
 
 def test_rows_in_pieces_have_the_same_gradients(monkeypatch):
@@ -219,8 +221,8 @@ def test_rows_in_pieces_have_the_same_gradients(monkeypatch):
     inputs = (exact(n, h), exact(v, h), torch.randint(v, (n,), device=DEVICE), exact(v))
     results, grad = [], torch.randn(2, n, device=DEVICE)
     for rows in (4096, 16):
-        monkeypatch.setattr(kernels, "ROWS", rows)
-        monkeypatch.setattr(kernels, "HIDDEN_BYTES", 0)
+        monkeypatch.setattr(_head, "ROWS", rows)
+        monkeypatch.setattr(_head, "HIDDEN_BYTES", 0)
         with blocks(n=32, slab=64):
             results.append(gradients_on_triton(stacked(linear_logprob, 0.8), inputs, grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -229,13 +231,13 @@ def test_rows_in_pieces_have_the_same_gradients(monkeypatch):
 @pytest.mark.parametrize("rows, slabs", [(40, 5), (20, 3), (3, 1)])
 def test_few_rows_have_wider_slabs(monkeypatch, rows, slabs):
     """75 columns in whole tiles of 16: 16 of 40 rows, 32 where 20 rows have 640 numbers, all of 3 rows."""
-    widths, original = [], kernels._product
+    widths, original = [], kernels.product
 
     def seen(a, b, out=None):
         widths.append(a.shape[0])
         return original(a, b, out)
 
-    monkeypatch.setattr(kernels, "_product", seen)
+    monkeypatch.setattr(kernels, "product", seen)
     hidden, weight, bias = exact(rows, 9), exact(75, 9), exact(75)
     inputs = (hidden, weight, torch.randint(75, (rows,), device=DEVICE), bias)
     grad, found = torch.randn(2, rows, device=DEVICE), []
@@ -309,8 +311,8 @@ def test_the_library_s_products_on_a_gpu():
     a, b = (torch.empty(s, dtype=torch.bfloat16).as_subclass(OnGPU) for s in ((9, 100), (100, 40)))
     total = torch.empty(9, 40)
     with Overloads() as overloads:
-        kernels._add_product(total, a, b)
-        kernels._product(a, b, out=total)
+        _head.add_product(total, a, b)
+        _head.product(a, b, out=total)
     assert overloads.seen == ["aten::addmm.dtype_out", "aten::mm.dtype_out"]
 
 
@@ -326,7 +328,7 @@ def test_a_target_outside_the_vocabulary_is_never_used(rows, monkeypatch):
     """The kernels give nan, which is seen; on the CPU the value is named before they start."""
     hidden, weight, _ = head(3, 20, 4)
     targets = torch.tensor([20, -100, 3], device=DEVICE)
-    monkeypatch.setattr(kernels, "ROWS", rows)
+    monkeypatch.setattr(_head, "ROWS", rows)
     with guarded() as guards, blocks():
         h, w, y = (guards.place(x) for x in (hidden, weight, targets))
         logprob, entropy, *_ = kernels.linear_logprob(h, w, w[:0], y, 1.0, None, None)

@@ -7,8 +7,9 @@ from test_triton_linear_logprob import check
 from engine.kernels.triton import linear_logprob as kernels
 
 DEFECTS = {
+    "weight read behind its last row": ("column + n < V, H, BLOCK_M", "column + n < V + 1, H, BLOCK_M"),
     "columns behind the vocabulary counted": (
-        'return tl.where(column_inside[None, :], z, float("-inf"))',
+        'return tl.where((n < V)[None, :], z, float("-inf"))',
         "return z",
     ),
     "weight read behind its rows": ("w_mask = w_mask & ", "w_mask = "),
@@ -23,8 +24,17 @@ DEFECTS = {
         "if bias is not None:\n        sums += (1 / inverse_temperature) *",
     ),
     "the target's neighbour": ("tl.where(here, y, 0)", "tl.where(here, y ^ 1, 0)"),
-    "no target in a piece": ("if PIECE > 1:", "if PIECE < 1:"),
-    "no target in a tile": ("if PIECE == 1:", "if PIECE == 0:"),
+    "no target in the left half": ("target, left, column, V", "target - V, left, column, V"),
+    "the right half's target one half too far": ("target, right, column + half", "target, right, column"),
+    "the right half where the left one is": (
+        "right = logits(right, bias, inverse_temperature, column + half, V)",
+        "right = logits(right, bias, inverse_temperature, column, V)",
+    ),
+    "the left half's maximum for the right one": (
+        "_joined(most, total, weighted, m_right, s_right, b_right)",
+        "_joined(most, total, weighted, m_left, s_right, b_right)",
+    ),
+    "a half over the other": ("_store_statistics(out + N, plane", "_store_statistics(out, plane"),
     "maximum not subtracted": ("e = tl.exp(below)", "e = tl.exp(z)"),
     "-inf times 0 in a tile": (
         "b = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)",
@@ -35,8 +45,8 @@ DEFECTS = {
         "below = z - m[:, None]",
     ),
     "planes of statistics swapped": (
-        "tl.store(out + plane, total, mask=inside)\n    tl.store(out + 2 * plane, weighted",
-        "tl.store(out + 2 * plane, total, mask=inside)\n    tl.store(out + plane, weighted",
+        "tl.store(out + plane, s, mask=inside)\n    tl.store(out + 2 * plane, b",
+        "tl.store(out + 2 * plane, s, mask=inside)\n    tl.store(out + plane, b",
     ),
     "merge starts from 0": (
         'most = tl.full((BLOCK_R,), float("-inf"), tl.float32)',
@@ -48,7 +58,7 @@ DEFECTS = {
         "scale * weighted",
     ),
     "a tile's weighted sum not shifted": ("scales * (b + s * lower)", "scales * b"),
-    "tiles behind the last": (
+    "halves behind the last": (
         "mask = (t < TILES)[:, None] & inside[None, :]",
         "mask = (t < TILES + 1)[:, None] & inside[None, :]",
     ),
@@ -82,7 +92,7 @@ DEFECTS = {
         "tl.store(entropy + row, log_total + weighted / total",
     ),
     "a gradient's sum of logs forgotten": (
-        "log_p = log_p - tl.load(log_sum + row, mask=inside, other=0.0)[:, None]",
+        "log_p = log_p - tl.load(log_sum + m, mask=row_inside, other=0.0)[:, None]",
         "log_p = log_p",
     ),
     "a gradient at the token after": (
@@ -100,17 +110,20 @@ DEFECTS = {
         "slope, 0.0",
     ),
     "rows behind the last in the bias": (
-        "slope = tl.where(inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)",
+        "slope = tl.where(row_inside[:, None], slope * tl.cast(inverse_temperature, tl.float32), 0.0)",
         "slope = slope * tl.cast(inverse_temperature, tl.float32)",
     ),
     "slabs overwrite each other": (
-        "torch.addmm(total, a.float(), b.float(), out=total)",
-        "torch.mm(a.float(), b.float(), out=total)",
+        "add_product(dh, dz[:, :used], dense[columns])",
+        "product(dz[:, :used], dense[columns], out=dh)",
     ),
+    "the right half's gradient over the left one's": ("at + half, right_sums", "at, right_sums"),
+    "the right half's gradient at the left one's target": ("column + half, at + half", "column, at + half"),
+    "the right half's bias over the left one's": ("right_sums = at_sums + half", "right_sums = at_sums"),
     "the first slab again": ("dense[columns])", "dense[:used])"),
     "blocks of rows overwrite each other": (
-        "at = bias_sums + tl.program_id(0).to(tl.int64) * WIDTH + slab_column",
-        "at = bias_sums + slab_column",
+        "at_sums = bias_sums + block * WIDTH + slab_column",
+        "at_sums = bias_sums + slab_column",
     ),
 }
 

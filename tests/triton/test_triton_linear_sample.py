@@ -244,10 +244,16 @@ DEFECTS = {
     "a neighbour's hidden state": ("this = m == row - row0", "this = m == 0"),
     "the row's place counted twice": ("hidden + row0 * H,", "hidden + row * H,"),
     "the tile's own maximum forgotten": (
-        "tl.exp(z - tl.sum(tl.where(t == tile, most, 0.0), 0))",
+        "tl.exp(z - tl.sum(tl.where(t == half, most, 0.0), 0))",
         "tl.exp(z)",
     ),
-    "the tile's part of the token": ("(tile * BLOCK_N + chosen)", "(tile + chosen)"),
+    "the other half": ("== half % 2) &", "!= half % 2) &"),
+    "both halves": (
+        "(n // (BLOCK_N // 2) == half % 2) & (column + n < V)",
+        "column + n < V",
+    ),
+    "the half that is not loaded chosen": ("tl.where(loaded, within, 0.0)", "within"),
+    "the tile's part of the token": ("(column + chosen)", "(half + chosen)"),
     "another token's logit": ("tl.where(n == chosen, z, 0.0)", "tl.where(n == 0, z, 0.0)"),
     "one u for all rows": ("tl.load(uniform + row)", "tl.load(uniform)"),
 }
