@@ -1,7 +1,8 @@
 """Compiles every kernel of bench/gpu for every architecture, without a GPU, and holds the code to its gates.
 
     python -m bench.aot                       compile all, check, write bench/results/gpu_code.json
-    python -m bench.aot --check               compile all, check, and compare with that file
+    python -m bench.aot --check               compile a part, check, and compare with that file (see `due`)
+    python -m bench.aot --check_all           compile all, check, and compare
     python -m bench.aot --plan                compile nothing: is a kernel, or a way through one, left out?
     python -m bench.aot --only gae            one op: a line a kernel, its gates; nothing is written
     python -m bench.aot --only gae --keep DIR with the code of each kernel in DIR
@@ -20,7 +21,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,15 +159,45 @@ def compiled(variants: list[Variant], keep: Path | None = None) -> Iterator[Reco
         pool = ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0)), mp_context=context)
         parts = pool.map(_work, tasks)
     for variant, result in zip(variants, itertools.chain.from_iterable(parts), strict=True):
-        said = {
-            "op": variant.op,
-            "kernel": variant.kernel,
-            "arch": variant.arch,
-            "dtype": variant.dtype,
-            "cases": sorted(variant.cases),
-            "types": variant.types,
-        }
-        yield {**said, **result}
+        yield {**_said(variant), **result}
+
+
+def _said(variant: Variant) -> Record:
+    return {
+        "op": variant.op,
+        "kernel": variant.kernel,
+        "arch": variant.arch,
+        "dtype": variant.dtype,
+        "cases": sorted(variant.cases),
+        "types": variant.types,
+        "key": variant.key,
+    }
+
+
+def due(variants: list[Variant], known: Container[tuple[str, str]]) -> list[Variant]:
+    """What a check compiles: one variant of each kernel, dtype and architecture, and each that is not `known` by its op
+    and key.
+
+    The code of the others, rows of tables and ways through a kernel, follows from the same sources, options and
+    compiler as what is recorded under their keys.
+    """
+    first: dict[tuple[str, ...], Variant] = {}
+    for v in variants:
+        first.setdefault((v.op, v.kernel, v.dtype, v.arch), v)
+    ones = {id(v) for v in first.values()}
+    return [v for v in variants if id(v) in ones or (v.op, v.key) not in known]
+
+
+def checked(variants: list[Variant]) -> Iterator[Record]:
+    """The records of all, in order: those that are due compiled, the others as recorded under their keys."""
+    before = recorded() if RECORD.exists() else {}
+    same = before.get("versions") == versions()
+    known = {(r["op"], r["key"]): r for r in before["variants"]} if same else {}
+    now = due(variants, known)
+    print(f"{len(now)} of {len(variants)} are compiled, the others as recorded", flush=True)
+    made = {(v.op, v.key): record for v, record in zip(now, compiled(now), strict=True)}
+    for v in variants:
+        yield made.get((v.op, v.key)) or known[v.op, v.key] | _said(v)
 
 
 @functools.cache
@@ -214,7 +245,7 @@ def differences(records: list[Record]) -> list[str]:
     for key in now.keys() & before.keys():
         changed = [
             f"{name} {before[key].get(name)} -> {now[key].get(name)}"
-            for name in sorted(now[key].keys() | before[key].keys())
+            for name in sorted((now[key].keys() | before[key].keys()) - {"key"})
             if before[key].get(name) != now[key].get(name)
         ]
         if changed:
@@ -251,20 +282,23 @@ def main() -> int:
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument("--plan", action="store_true", help="compile nothing")
     aim.add_argument("--check", action="store_true", help="compare with the recorded file")
+    aim.add_argument("--check_all", action="store_true", help="so, and compile what is known too")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write the code of each kernel")
     given = parser.parse_args()
     start, part = time.perf_counter(), bool(given.only or given.arch or given.dtype)
     variants, problems = plan(given.only, given.arch, given.dtype)
     problems += [] if part else left_out(variants)
     records: list[Record] = []
-    for record in compiled([] if given.plan else variants, given.keep):
+    short = given.check and not (part or given.keep)
+    made = checked(variants) if short else compiled([] if given.plan else variants, given.keep)
+    for record in made:
         records.append(record)
         failed = [] if "error" in record else aot_gates.failures(record)
         if part or failed or "error" in record:
             print(_line(record), flush=True)
         problems += [f"{_line(record)}"] if "error" in record else []
         problems += [f"{aot_gates.named(record)}: {text}" for text in failed]
-    if given.check and not part:
+    if (given.check or given.check_all) and not part:
         problems += differences(records)
     elif not (part or given.plan) and not any("error" in record for record in records):
         RECORD.write_text(written(records))

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -84,7 +85,8 @@ class Variant:
         """Of everything that the result follows from, the readers of the code included."""
         import triton
 
-        parts = [self.function.cache_key, self.types, self.arch, self.options, triton.__version__]
+        options = re.sub(r"'/[^']*/", "'", str(self.options))  # where triton lies does not matter
+        parts = [self.function.cache_key, self.types, self.arch, options, triton.__version__]
         text = "\n".join(map(str, [*parts, Path(aot_code.__file__).read_text()]))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

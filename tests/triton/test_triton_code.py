@@ -1,6 +1,7 @@
 """Compiled kernels: the readers of their code, each gate on kernels that break it, and all kernels against the record.
 
-The last test compiles every kernel for every architecture: minutes where build/aot is empty, seconds where it is not.
+The last test compiles every kernel for every architecture and dtype, and of its other variants those that are not
+recorded under their sources: minutes where build/aot is empty, seconds where it is not.
 """
 
 import json
@@ -313,6 +314,53 @@ def planned(**constants):
     function = SimpleNamespace(fn=kernel, cache_key="", params=params)
     given = {(at,): values[name] for at, name in enumerate(kinds) if name in values}
     return aot_plan.Variant("test", "_kernel", "sm_90", "float32", function, kinds, given, {}, {})
+
+
+def test_a_check_compiles_each_kernel_once_and_what_is_not_known():
+    one, row, other = planned(), planned(BLOCK=16), planned(BLOCK=8)
+    wide = replace(planned(BLOCK=16), dtype="bfloat16")
+    variants = [one, row, other, wide]
+    assert len({v.key for v in variants}) == 3  # a dtype is no part of a key but by its types
+    assert aot.due(variants, {}) == variants
+    known = {(v.op, v.key) for v in variants}
+    assert aot.due(variants, known) == [one, wide]
+    assert aot.due(variants, known - {("test", other.key)}) == [one, other, wide]
+    assert aot.due([replace(row, op="another"), one], known) == [replace(row, op="another"), one]
+
+
+def test_where_triton_lies_is_no_part_of_a_key():
+    there = planned()
+    there.options = {"libraries": (("device", "/somewhere/else/device.bc"),), "warps": 4}
+    here = replace(there, options={"libraries": (("device", "/here/device.bc"),), "warps": 4})
+    assert there.key == here.key
+    assert there.key != replace(there, options={"libraries": (), "warps": 4}).key
+    assert there.key != replace(there, options={**there.options, "warps": 8}).key
+
+
+def test_a_changed_source_is_compiled_and_compared(tmp_path, monkeypatch):
+    """What is recorded under a key stands for itself alone: another key is compiled, and its code compared."""
+    monkeypatch.setattr(aot, "RECORD", tmp_path / "record.json")
+    same, changed, seen = planned(), planned(BLOCK=16), []
+
+    def compile_(variants):
+        seen.extend(variants)
+        return iter([{**aot._said(v), "registers": 40} for v in variants])
+
+    monkeypatch.setattr(aot, "compiled", compile_)
+    records = [{**aot._said(v), "registers": 32} for v in (same, changed)]
+    records[0]["registers"] = 40
+    records[1]["key"] = "of an older source"
+    aot.RECORD.write_text(aot.written(records))
+    found = list(aot.checked([same, changed]))
+    assert seen == [same, changed] and [r["registers"] for r in found] == [40, 40]
+    assert [text.endswith("registers 32 -> 40") for text in aot.differences(found)] == [True]
+    seen.clear()
+    records[1] = {**aot._said(changed), "registers": 32}
+    aot.RECORD.write_text(aot.written(records))
+    assert [r["registers"] for r in aot.checked([same, changed])] == [40, 32] and seen == [same]
+    seen.clear()  # another compiler: nothing is known
+    monkeypatch.setattr(aot, "versions", lambda: {"triton": "another"})
+    assert len(list(aot.checked([same, changed]))) == len(seen) == 2
 
 
 def test_what_turns_a_loop_more_often_is_no_other_variant(monkeypatch):
