@@ -29,7 +29,7 @@ inline void check_float_vector(const at::Tensor& t, int64_t size, const char* na
 }
 
 // Offsets: int32 (S+1,), first 0, never decreasing, last = total.
-inline void check_offsets(const at::Tensor& cu, int64_t total, const char* name) {
+inline void check_offsets(const at::Tensor& cu, int64_t total, const char* name, const char* counted = "tokens") {
   check_cpu_contiguous(cu, name);
   check_dtype(cu, at::kInt, name);
   TORCH_CHECK_VALUE(cu.dim() == 1 && cu.size(0) >= 1, name, ": got shape ", cu.sizes(), ", want (S+1,)");
@@ -39,7 +39,8 @@ inline void check_offsets(const at::Tensor& cu, int64_t total, const char* name)
   for (int64_t s = 0; s < last; ++s)
     TORCH_CHECK_VALUE(offset[s] <= offset[s + 1], name, ": got ", offset[s], " before ", offset[s + 1], " at ", s,
                       ", want offsets that never decrease");
-  TORCH_CHECK_VALUE(offset[last] == total, name, "[-1]: got ", offset[last], ", want the number of tokens ", total);
+  TORCH_CHECK_VALUE(offset[last] == total, name, "[-1]: got ", offset[last], ", want the number of ", counted, " ",
+                    total);
 }
 
 }  // namespace engine

@@ -317,7 +317,7 @@ struct Lengths {
 // Offsets are checked here at the speed of vectors; check_offsets says what is wrong.
 Lengths lengths_of(const at::Tensor& cu, int64_t total) {
   if (!cu.device().is_cpu() || cu.scalar_type() != at::kInt || !cu.is_contiguous() || cu.dim() != 1 || cu.numel() < 1)
-    check_offsets(cu, total, "cu");  // raises
+    check_offsets(cu, total, "cu", "answers");  // raises
   const int32_t* offset = cu.const_data_ptr<int32_t>();
   const int64_t last = cu.numel() - 1;
   int32_t falls = 0, longest = 0, several = 0;
@@ -327,7 +327,7 @@ Lengths lengths_of(const at::Tensor& cu, int64_t total) {
     longest = n > longest ? n : longest;
     several += n > 1;
   }
-  if (falls != 0 || offset[0] != 0 || offset[last] != total) check_offsets(cu, total, "cu");  // raises
+  if (falls != 0 || offset[0] != 0 || offset[last] != total) check_offsets(cu, total, "cu", "answers");  // raises
   return {longest, several};
 }
 

@@ -310,6 +310,8 @@ def test_what_does_not_fit_is_named():
     for bad in (offsets([2]), offsets([4]), offsets([3])[:0], offsets([3]).long()):
         with pytest.raises(ValueError, match=r"cu(\[-1\])?: got"):
             ranking_loss(score, rank, bad)
+    with pytest.raises(ValueError, match=r"cu\[-1\]: got 2, want the number of answers 3"):
+        ranking_loss(score, rank, offsets([2]))
     with pytest.raises(ValueError, match="cu: got .*never decrease"):
         ranking_loss(score, rank, offsets([2, 1])[[0, 1, 0, 2]])
     with pytest.raises(ValueError, match="denominator: got 0.0, want the .positive. count"):
