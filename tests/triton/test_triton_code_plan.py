@@ -172,7 +172,7 @@ def test_a_changed_source_is_compiled_and_compared(tmp_path, monkeypatch):
     aot.RECORD.write_text(aot.written(records))
     found = list(aot.checked([same, changed]))
     assert seen == [same, changed] and [r["registers"] for r in found] == [40, 40]
-    assert [text.endswith("registers 32 -> 40") for text in aot.differences(found)] == [True]
+    assert [text.endswith(": registers 32 -> 40") for text in aot.differences(found)] == [True]
     seen.clear()
     records[1] = {**aot._said(changed), "registers": 32}
     aot.RECORD.write_text(aot.written(records))
