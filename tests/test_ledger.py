@@ -133,6 +133,19 @@ def test_inductor_fuses_what_is_pointwise():
     assert inductor.run("swiglu", "forward", torch.bfloat16, shape) == (3 * 2 * 32 * 64, 1)
 
 
+def test_inductor_s_groups_do_not_depend_on_the_threads():
+    """A GPU's have none to depend on; a CPU with several would leave the gradient of a gather apart."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            shape = {"N": 64, "V": 512, "H": 16}
+            found.append(inductor.run("linear_logprob", "backward", torch.bfloat16, shape))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_the_largest_floor_is_the_prediction():
     row = {"dtype": "bfloat16", "memory": 3.35e9, "flops": 0.0, "exponentials": 0.0, "launches": 1}
     assert ledger.predicted_ms(row) == (pytest.approx(1.0), "memory")
