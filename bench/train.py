@@ -8,8 +8,9 @@
     rm-repeated     the engine against itself with each prompt repeated for each answer
     linear_logprob  2048 rows of a vocabulary of 49152, forward and backward, against the strongest of eager torch,
                     chunks of rows and torch.compile; with the memory that it takes, in a process of its own
-    gae, kl_reward, whiten, ranking_loss
-                    512 x 1024 tokens, forward: `ratio` is how many times one pass over the bytes it takes
+    gae, kl_reward, whiten, ranking_loss, ranking_loss-any-order
+                    512 x 1024 tokens, forward: `ratio` is how many times one pass over the bytes it takes; a prompt's
+                    nine answers stand best rank first, as the reward model's stage has them, or in any order
 
 Losses and gradient norms of both sides must agree before anything is timed. Rows go to bench/results/train-<class>.json
 after each one; rows with the same key are replaced, others kept.
@@ -32,7 +33,7 @@ from bench.training_cases import Case
 from bench.workloads import spread
 from engine import ops
 
-OPS = ("gae", "kl_reward", "whiten", "ranking_loss")
+OPS = ("gae", "kl_reward", "whiten", "ranking_loss", "ranking_loss-any-order")
 WORKLOADS = ("sft", "sft-ragged", "rm", "rm-repeated", "linear_logprob", *OPS)
 PEERS = ("hf",)
 

@@ -186,8 +186,9 @@ def linear_logprob(repeats: int, threads: int, rival_dtype: str) -> Row:
 def op_calls(episodes: int) -> dict[str, tuple[Callable[[], Any], float]]:
     """A forward call of each op on episodes of 1024 tokens, and the bytes that it must read and write.
 
-    ranking_loss has as many scores as the others have tokens (but for a part of a prompt), nine to a prompt; its
-    forward writes the gradient too, which training always asks for.
+    ranking_loss has as many scores as the others have tokens (but for a part of a prompt), nine to a prompt, best rank
+    first as load_rankings gives them, or in any order; its forward writes the gradient too, which training always asks
+    for.
     """
     count = episodes * LENGTH
     scores = count // ANSWERS * ANSWERS
@@ -196,15 +197,16 @@ def op_calls(episodes: int) -> dict[str, tuple[Callable[[], Any], float]]:
     cu = torch.arange(0, count + 1, LENGTH, dtype=torch.int32)
     groups = torch.arange(0, scores + 1, ANSWERS, dtype=torch.int32)
     ranked = x[:scores]
-    rank = torch.rand(count // ANSWERS, ANSWERS).argsort(1).float().flatten()
+    prompts = count // ANSWERS
+    best_first = torch.arange(ANSWERS).float().repeat(prompts)
+    any_order = torch.rand(prompts, ANSWERS).argsort(1).float().flatten()
+    ranking_bytes = 2 * ranked.nbytes + best_first.nbytes + groups.nbytes
     return {
         "gae": (lambda: ops.gae(x, y, cu), 4 * x.nbytes),
         "kl_reward": (lambda: ops.kl_reward(x, near, score, cu, 0.02), 4 * x.nbytes),
         "whiten": (lambda: (ops.whiten(x),), 2 * x.nbytes),
-        "ranking_loss": (
-            lambda: ops.ranking_loss(ranked, rank, groups),
-            2 * ranked.nbytes + rank.nbytes + groups.nbytes,
-        ),
+        "ranking_loss": (lambda: ops.ranking_loss(ranked, best_first, groups), ranking_bytes),
+        "ranking_loss-any-order": (lambda: ops.ranking_loss(ranked, any_order, groups), ranking_bytes),
     }
 
 
@@ -231,7 +233,7 @@ def passes(names: tuple[str, ...], repeats: int, limits: Row) -> Iterator[Row]:
         yield {
             "workload": name,
             "sequences": EPISODES,
-            "answers": ANSWERS if name == "ranking_loss" else None,
+            "answers": ANSWERS if name.startswith("ranking_loss") else None,
             "peer": "one pass over its bytes",
             **spread([seconds / floor for seconds in best]),
             "ratio_in_cache": statistics.median(best) * machine.copy_rate(limits, size) / size,

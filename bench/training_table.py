@@ -21,7 +21,13 @@ LINES = {  # (workload, peer): what it says, in the order of the table
 }
 SEQUENCES = {"ppo": 32, "ppo-ragged": 24, "ppo-update": 32, "sft": 16, "sft-ragged": 64, "rm": 2}
 SEQUENCES |= {"rm-repeated": 2, "linear_logprob": 2048}
-OPS = ("gae", "kl_reward", "whiten", "ranking_loss")
+OPS = {
+    "gae": "`gae`",
+    "kl_reward": "`kl_reward`",
+    "whiten": "`whiten`",
+    "ranking_loss": "`ranking_loss`, best answers first",
+    "ranking_loss-any-order": "`ranking_loss`, answers in any order",
+}
 PASS = "one pass over its bytes"
 
 
@@ -94,11 +100,11 @@ def by_phase(found: dict[str, list[Row]]) -> str:
     for phase in PHASES:
         cells = [rows[n]["phases"][phase] if rows[n] is not None else None for n in names]  # type: ignore[index]
         lines.append([phase, *(NONE if cell is None else part(cell) for cell in cells)])
-    for op in OPS:
+    for op, text in OPS.items():
         told = [
             NONE if ops[n][op] is None else f"{figure(ops[n][op]['ratio'])} passes" for n in names
         ]  # type: ignore[index]
-        lines.append([f"`{op}`, 512 × 1024 tokens", *told])
+        lines.append([f"{text}, 512 × 1024 tokens", *told])
     return markdown(["the engine alone", *(f"`{n}`" for n in names)], lines) if names else ""
 
 

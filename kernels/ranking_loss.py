@@ -113,8 +113,9 @@ def ranking_loss(
     score_l.
 
     `denominator` replaces the op's own count of prompts (or of pairs, for "pair_mean") by the count
-    over the whole batch, see `ranking_denominator`. Differentiable once, in score. Raises
-    ValueError on shapes, offsets and names that do not fit, and on ranks that are not finite.
+    over the whole batch, see `ranking_denominator`. Differentiable once, in score. Answers may
+    stand in any order; best first the CPU's kernel has nothing to sort. Raises ValueError on
+    shapes, offsets and names that do not fit, and on ranks that are not finite.
     Source: InstructGPT Eq. 1 and section 3.5.
     """
     check_ranking(rank, reduction)

@@ -179,7 +179,8 @@ def test_ranked_groups_are_chosen_by_their_sizes(tiny, tmp_path):
     args = train.parsed(["--model", tiny, "--rankings", str(path), "--groups", "1"])
     work = training_cases.rm(args).work
     ((group,),) = work["batches"]
-    assert group["ranks"] == [3, 0, 2, 1] and len(group["responses"]) == 4
+    assert group["ranks"] == [0, 1, 2, 3]  # best first
+    assert [len(r) for r in group["responses"]] == [3, 5, 4, 2]  # a token a letter, and the end
     assert work["warm_up"][0]["responses"] == group["responses"][:2]
     args.groups = 2
     with pytest.raises(SystemExit, match="got 1 prompts of 500 to 1000 tokens"):

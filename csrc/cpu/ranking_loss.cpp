@@ -44,7 +44,7 @@ ENGINE_KERNEL(RankingSums, ranking_prompts,
               (const Prompts& prompts, int64_t reduction, double total, double* sum, float* grad))
 
 #ifdef ENGINE_CLASS
-#include "ranking_lanes.h"
+#include "ranking_groups.h"
 
 namespace engine::ENGINE_CLASS {
 
@@ -55,213 +55,6 @@ ENGINE_INLINE int64_t count_of(const T* rank, const Prompts& prompts) {
     for (int64_t i = prompts.offset[s]; i < prompts.offset[s + 1]; ++i)
       for (int64_t j = prompts.offset[s]; j < prompts.offset[s + 1]; ++j) pairs += rank[i] < rank[j];
   return pairs;
-}
-
-// One prompt of any size and with scores of any size: its undivided sums. `sum` holds the gradient.
-template <typename T>
-ENGINE_INLINE RankingSums one_prompt(const float* score, const T* rank, int64_t n, double* sum) {
-  RankingSums all{};
-  for (int64_t i = 0; i < n; ++i) sum[i] = 0.0;
-  for (int64_t w = 0; w < n; ++w)
-    for (int64_t l = 0; l < n; ++l) {
-      if (!(rank[w] < rank[l])) continue;
-      const double margin = static_cast<double>(score[w]) - static_cast<double>(score[l]);
-      const double e = __builtin_exp(-__builtin_fabs(margin));  // in (0, 1]: nothing overflows
-      all.loss += (margin < 0 ? -margin : 0.0) + __builtin_log1p(e);
-      const double wrong = (margin > 0 ? e : 1.0) / (1.0 + e);  // sigmoid(-margin)
-      sum[w] -= wrong;
-      sum[l] += wrong;
-      ++all.pairs;
-      all.correct += margin > 0;
-    }
-  return all;
-}
-
-ENGINE_INLINE double weight_of(int64_t reduction, int64_t answers, int64_t pairs, double total) {
-  return pairs > 0 ? 1.0 / (divisor_of(reduction, answers, pairs) * total) : 0.0;
-}
-
-// Most prompts have few answers, with scores that are not far apart. They lie side by side, one a lane
-// (ranking_lanes.h); the others are done one by one. The way that a prompt goes follows from that prompt alone.
-template <typename T>
-struct Block {
-  // no zeros for products and weights, which are written first
-  Block(const Prompts& prompts, const T* rank, int64_t reduction, double total, double* sum, float* grad)
-      : prompts(prompts), rank(rank), reduction(reduction), total(total), sum(sum), grad(grad) {}
-  const Prompts& prompts;
-  const T* rank;
-  int64_t reduction;
-  double total;
-  double* sum;
-  float* grad;
-  RankingSums sums{0.0, 0, 0, 0, true};
-  vint pairs{}, correct{};
-  vfloat odd{};  // nan where a rank is not finite
-  // Logarithms are left to the end: one after the other each would wait for its own last step.
-  Lanes::Product product[kPromptsPerBlock / kHalf];
-  vwide weight[kPromptsPerBlock / kHalf];
-  int halves = 0;
-};
-
-// Takes a group's sums; returns what its gradients are multiplied by. Its prompts have answers[lane] answers each; where
-// all_pairs, the same number, and all pairs that there can be.
-template <typename T>
-ENGINE_INLINE vfloat keep(Block<T>& block, const Lanes& lanes, bool all_pairs, const int64_t* answers) {
-  double weights[kLanes];
-  float narrow[kLanes];
-  int32_t pairs[kLanes];
-  std::memcpy(pairs, &lanes.pairs, sizeof(pairs));
-  const double same = weight_of(block.reduction, answers[0], pairs[0], block.total);
-  if (all_pairs) block.sums.paired += kLanes;
-  for (int lane = 0; lane < kLanes && !all_pairs; ++lane) {
-    weights[lane] = weight_of(block.reduction, answers[lane], pairs[lane], block.total);
-    narrow[lane] = static_cast<float>(weights[lane]);
-    block.sums.paired += pairs[lane] > 0;
-  }
-  block.pairs += lanes.pairs;
-  block.correct += lanes.correct;
-  for (int h = 0; h < 2; ++h, ++block.halves) {
-    block.product[block.halves] = lanes.product[h];
-    if (all_pairs)
-      block.weight[block.halves] = splat_wide(same);
-    else
-      std::memcpy(&block.weight[block.halves], weights + h * kHalf, sizeof(vwide));
-  }
-  return all_pairs ? splat(static_cast<float>(same)) : load(narrow);
-}
-
-template <typename T>
-static void alone(Block<T>& block, int64_t s) {
-  const int64_t at = block.prompts.offset[s], n = block.prompts.offset[s + 1] - at;
-  const RankingSums own = one_prompt(block.prompts.score + at, block.rank + at, n, block.sum);
-  const double weight = weight_of(block.reduction, n, own.pairs, block.total);
-  for (int64_t i = 0; i < n; ++i) block.grad[at + i] = static_cast<float>(weight * block.sum[i]);
-  block.sums.loss += weight * own.loss;
-  block.sums.pairs += own.pairs;
-  block.sums.correct += own.correct;
-  block.sums.paired += own.pairs > 0;
-}
-
-// kLanes prompts of K answers each.
-template <int K, typename T>
-static void even_group(Block<T>& block, int64_t first) {
-  const int64_t at = block.prompts.offset[first];
-  const float *score = block.prompts.score + at, *rank = static_cast<const float*>(block.prompts.rank) + at;
-  float* grad = block.grad + at;
-  Lanes lanes;
-  lay<K>([=](int lane) { return score + lane * K; }, lanes.score);
-  lay<K>([=](int lane) { return rank + lane * K; }, lanes.rank);
-  for (int i = 0; i < K; ++i) block.odd += lanes.rank[i] * 0.0f;
-  const bool all_pairs = sum_lanes<K>(lanes);
-  int64_t answers[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) answers[lane] = K;
-  const vfloat share = keep(block, lanes, all_pairs, answers);
-  for (int i = 0; i < K; ++i) lanes.grad[i] *= share;
-  put_back<K>(lanes.grad, grad);
-  if (any_lane(lanes.apart)) {
-    int32_t apart[kLanes];
-    std::memcpy(apart, &lanes.apart, sizeof(apart));
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (apart[lane]) alone(block, first + lane);
-  }
-}
-
-// Ranks as float32 of the same order: themselves where they fit, else how many are less.
-ENGINE_INLINE void narrow_ranks(const float* rank, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = rank[i];  // no memcpy: of a batch without answers there is no memory
-}
-ENGINE_INLINE void narrow_ranks(const double* rank, int64_t n, float* out) {
-  bool fit = true;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<float>(rank[i]);
-    fit &= out[i] == rank[i];
-  }
-  for (int64_t i = 0; i < n && !fit; ++i) {
-    int64_t less = 0;
-    for (int64_t j = 0; j < n; ++j) less += rank[j] < rank[i];
-    out[i] = static_cast<float>(less);
-  }
-}
-
-// Up to kLanes prompts of any sizes, `count` of them.
-template <typename T>
-static void any_group(Block<T>& block, int64_t first, int count) {
-  float score[kRoom][kLanes], rank[kRoom][kLanes], grad[kMost][kLanes];
-  int64_t answers[kLanes];
-  int most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t at = block.prompts.offset[first + (lane < count ? lane : 0)];
-    const int64_t n = lane < count ? block.prompts.offset[first + lane + 1] - at : 0;
-    for (int64_t i = 0; i < n; ++i) block.sums.finite &= block.rank[at + i] - block.rank[at + i] == 0;
-    answers[lane] = n > kMost ? 0 : n;
-    float narrow[kMost];
-    narrow_ranks(block.rank + at, answers[lane], narrow);
-    for (int64_t i = 0; i < kRoom; ++i) {
-      score[i][lane] = i < answers[lane] ? block.prompts.score[at + i] : answers[lane] > 0 ? score[0][lane] : 0.0f;
-      rank[i][lane] = i < answers[lane] ? narrow[i] : kInf;
-    }
-    if (answers[lane] > most) most = static_cast<int>(answers[lane]);
-  }
-  Lanes lanes;
-  std::memcpy(lanes.score, score, sizeof(score));
-  std::memcpy(lanes.rank, rank, sizeof(rank));
-  const bool all_pairs = sum_any(lanes, most);
-  const vfloat share = keep(block, lanes, all_pairs, answers);
-  for (int i = 0; i < most; ++i) lanes.grad[i] *= share;
-  std::memcpy(grad, lanes.grad, sizeof(grad));
-  int32_t apart[kLanes];
-  std::memcpy(apart, &lanes.apart, sizeof(apart));
-  for (int lane = 0; lane < count; ++lane) {
-    const int64_t at = block.prompts.offset[first + lane];
-    for (int64_t i = 0; i < answers[lane]; ++i) block.grad[at + i] = grad[i][lane];
-    if (apart[lane] || block.prompts.offset[first + lane + 1] - at > kMost) alone(block, first + lane);
-  }
-}
-
-// K where kLanes prompts from `first` on have K answers each that may be laid as they are, 0 elsewhere.
-ENGINE_INLINE int64_t even_answers(const Prompts& prompts, int64_t first) {
-  const int32_t* offset = prompts.offset + first;
-  if (prompts.wide_rank || first + kLanes > prompts.number) return 0;
-  const int32_t n = offset[1] - offset[0];
-  vint begin, end;
-  std::memcpy(&begin, offset, sizeof(begin));
-  std::memcpy(&end, offset + 1, sizeof(end));
-  return !any_lane((end - begin) ^ n) && offset[kLanes - 1] + kRoom <= prompts.answers ? n : 0;
-}
-
-template <typename T>
-ENGINE_INLINE RankingSums prompts_of(const T* rank, const Prompts& prompts, int64_t reduction, double total,
-                                     double* sum, float* grad) {
-  Block<T> block(prompts, rank, reduction, total, sum, grad);
-  for (int64_t first = 0; first < prompts.number; first += kLanes) {
-    switch (even_answers(prompts, first)) {
-      case 2: even_group<2>(block, first); break;
-      case 3: even_group<3>(block, first); break;
-      case 4: even_group<4>(block, first); break;
-      case 5: even_group<5>(block, first); break;
-      case 6: even_group<6>(block, first); break;
-      case 7: even_group<7>(block, first); break;
-      case 8: even_group<8>(block, first); break;
-      case 9: even_group<9>(block, first); break;
-      default: {
-        const int64_t left = prompts.number - first;
-        any_group(block, first, static_cast<int>(left < kLanes ? left : kLanes));
-      }
-    }
-  }
-  vwide loss{};
-  for (int h = 0; h < block.halves; ++h) loss += block.weight[h] * log_of(block.product[h].p, block.product[h].u);
-  RankingSums all = block.sums;
-  all.loss += hsum(loss);
-  int32_t pairs[kLanes], correct[kLanes];
-  std::memcpy(pairs, &block.pairs, sizeof(pairs));
-  std::memcpy(correct, &block.correct, sizeof(correct));
-  for (int lane = 0; lane < kLanes; ++lane) {
-    all.pairs += pairs[lane];
-    all.correct += correct[lane];
-  }
-  all.finite &= !any_lane(block.odd != block.odd);
-  return all;
 }
 
 int64_t ranking_count(const Prompts& prompts) {
@@ -288,6 +81,7 @@ RankingSums ranking_prompts(const Prompts& prompts, int64_t reduction, double to
 #include <vector>
 
 #include "check.h"
+#include "team.h"
 
 namespace engine {
 namespace {
@@ -297,14 +91,15 @@ constexpr int64_t kBlocksPerTask = 16;
 // run(block, prompts of the block, room) for all blocks, on all threads; `room` is for so many numbers.
 template <typename Run>
 void in_blocks(const Prompts& all, int64_t numbers, const Run& run) {
-  const int64_t blocks = (all.number + kPromptsPerBlock - 1) / kPromptsPerBlock;
-  at::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<double> room(numbers);
-    for (int64_t b = begin; b < end; ++b) {
+  const int64_t blocks = (all.number + kPromptsPerBlock - 1) / kPromptsPerBlock, threads = at::get_num_threads();
+  const int64_t tasks = (blocks + kBlocksPerTask - 1) / kBlocksPerTask;
+  std::vector<double> room(numbers * threads);
+  Team::each(tasks, threads, [&](int64_t thread, int64_t task) {
+    for (int64_t b = task * kBlocksPerTask; b < std::min(blocks, (task + 1) * kBlocksPerTask); ++b) {
       Prompts some = all;
       some.offset += b * kPromptsPerBlock;
       some.number = std::min(kPromptsPerBlock, all.number - b * kPromptsPerBlock);
-      run(b, some, room.data());
+      run(b, some, room.data() + numbers * thread);
     }
   });
 }

@@ -29,6 +29,12 @@ ENGINE_INLINE vwide load_wide(const float* p) {
   return __builtin_convertvector(v, vwide);
 #endif
 }
+ENGINE_INLINE vwide load_wide(const int32_t* p) {
+  typedef int32_t half_int __attribute__((vector_size(2 * ENGINE_LANES)));
+  half_int v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, vwide);
+}
 ENGINE_INLINE void store_narrow(float* p, vwide v) {
   const vhalf narrow = __builtin_convertvector(v, vhalf);
   std::memcpy(p, &narrow, sizeof(narrow));

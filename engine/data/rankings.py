@@ -39,7 +39,7 @@ class RankedGroup:
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
-    """K answers, each with its end-of-sequence token, in the row's order."""
+    """K answers, each with its end-of-sequence token, best rank first from :func:`load_rankings`."""
     ranks: tuple[float, ...]
     """Lower is better, equal is a tie."""
     source: str
@@ -83,7 +83,14 @@ def load_rankings(
         responses = tuple(tuple(encoder.answer(answer)) for answer in answers)
         longest = max(len(response) for response in responses)
         check_length(len(prompt) + longest, max_length, "the prompt with its longest answer")
-        return RankedGroup(prompt, responses, ranks, row_source(row))
+        # So ranking_loss needs not sort them, and rows that say the same are the same group.
+        best_first = sorted(range(len(ranks)), key=ranks.__getitem__)
+        return RankedGroup(
+            prompt,
+            tuple(responses[i] for i in best_first),
+            tuple(ranks[i] for i in best_first),
+            row_source(row),
+        )
 
     return collect(sources, parse, bad_rows)
 

@@ -17,6 +17,7 @@ def says(text: str) -> dict[str, str]:
 def test_every_form_of_a_ranking_is_the_same_group(write, chat_tokenizer) -> None:
     rows = [
         {"prompt": "Why not?", "responses": ["four", "five"], "ranks": [0, 1]},
+        {"prompt": "Why not?", "responses": ["five", "four"], "ranks": [1, 0]},
         {"prompt": [USER], "responses": [[says("four")], [says("five")]], "ranks": [0, 1.0]},
         {"prompt": "Human: x", "messages": [USER], "chosen": "four", "rejected": "five"},
         {"prompt": "Why not?", "chosen": [says("four")], "rejected": [says("five")]},
@@ -52,6 +53,13 @@ def test_k_is_free_and_ties_stay(write, raw_tokenizer) -> None:
     assert data[1].ranks == (0.0, 0.0, 1.0)
     assert all(r[-1] == raw_tokenizer.eos_token_id for g in data for r in g.responses)
     assert raw_tokenizer.decode(data[1].responses[2]) == "c<|endoftext|>"
+
+
+def test_the_best_answer_comes_first(write, raw_tokenizer) -> None:
+    row = {"prompt": "p", "responses": list("abcde"), "ranks": [3, 1, 2.5, 1, -4]}
+    group = load_rankings([write(row)], raw_tokenizer)[0]
+    texts = [raw_tokenizer.decode(response[:-1]) for response in group.responses]
+    assert (texts, group.ranks) == (list("ebdca"), (-4.0, 1.0, 1.0, 2.5, 3.0))
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def test_one_pair_keeps_its_digits(cpu_class, margin):
 @pytest.mark.parametrize("scale", [1e-6, 0.3, 3.0])
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("answers", range(2, 10))
-def test_few_answers_keep_their_digits(cpu_class, answers, right, scale):
+@pytest.mark.parametrize("order", ["any", "best first", "best first without ties"])
+def test_few_answers_keep_their_digits(cpu_class, order, answers, right, scale):
     """Three units: of a loss at its own size, of a gradient at the size of its terms before they cancel.
 
     `right`: all scores in the order of the ranks and far apart, so that little is left of the loss.
@@ -142,30 +143,66 @@ def test_few_answers_keep_their_digits(cpu_class, answers, right, scale):
     prompts = 40  # whole groups of lanes and a part of one
     score = torch.randn(prompts, answers) * scale + 3 * torch.randn(prompts, 1)
     rank = torch.rand(prompts, answers).argsort(1)
-    rank[::5] //= 2  # ties
+    if order != "best first without ties":
+        rank[::5] //= 2
+    if order != "any":
+        rank = rank.sort(1)[0]
     if right:
         score = score - rank * (7.5 / answers)
     wide = score.double()
     pair = rank[:, :, None] < rank[:, None, :]
     margin = (wide[:, :, None] - wide[:, None, :]).where(pair, torch.inf)
     truth, wrong = -torch.nn.functional.logsigmoid(margin).sum((1, 2)), torch.sigmoid(-margin)
-    grad = loss_and_gradient(
+    together, grad, num_pairs, num_correct = loss_and_gradient(
         score.flatten(), rank.flatten(), offsets([answers] * prompts), "pair_mean", denominator=1.0
-    )[1].view(prompts, answers)
+    )
+    torch.testing.assert_close(together.double(), truth.sum(), rtol=2e-7, atol=0)
     terms = wrong.sum(1) + wrong.sum(2)
-    assert ((grad - wrong.sum(1) + wrong.sum(2)).abs() <= 3.6e-7 * terms).all()
+    error = (grad.view(prompts, answers) - wrong.sum(1) + wrong.sum(2)).abs()
+    assert (error <= 3.6e-7 * terms).all()
+    assert (num_pairs, num_correct) == (int(pair.sum()), int((pair & (margin > 0)).sum()))
     for s, q, want in zip(score, rank, truth, strict=True):
         loss, *_ = ranking_loss(s, q, offsets([answers]), "pair_mean", denominator=1.0)
         torch.testing.assert_close(loss.double(), want, rtol=3.6e-7, atol=0)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("answers", [2, 4, 5, 9])
+def test_best_first_with_some_far_apart(cpu_class, answers, reduction):
+    """Groups that are neither sorted nor masked, in which single prompts are left to the loop that takes any."""
+    prompts = 150  # more than two blocks, and a part of a group
+    spread = torch.tensor([1.0, 0.0, 3.0, 40.0, 1.0, 1e5, 1e-20])[torch.arange(prompts) % 7]
+    score = (torch.randn(prompts, answers) * spread[:, None] + 500 * torch.randn(prompts, 1)).flatten()
+    rank, cu = torch.arange(answers).repeat(prompts), offsets([answers] * prompts)
+    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
+    wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
+    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
+    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
+    truth.backward()
+    reference.backward()
+    assert_close(loss, reference, truth, "loss")
+    assert_close(grad, plain.grad, wide.grad, "grad")
+    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
+    spoilt = score.detach().clone()
+    spoilt[17 * answers] = float("nan")
+    loss, broken, *_ = loss_and_gradient(spoilt, rank, cu, reduction)
+    assert loss.isnan() and broken[17 * answers : 18 * answers].isnan().all()
+    broken[17 * answers : 18 * answers] = grad[17 * answers : 18 * answers]
+    assert torch.equal(broken, grad)
+
+
 def test_no_neighbour_changes_a_bit(cpu_class):
     """Alone, in even groups of lanes and among prompts of other sizes, with ties, far apart or of one answer."""
-    lengths = [5] * 40 + [5, 9, 2, 5, 12, 0, 1, 5, 4, 5] * 4
+    lengths = [5] * 72 + [5, 9, 2, 5, 12, 0, 1, 5, 4, 5] * 4
     n, cu = sum(lengths), offsets(lengths)
     score, rank = torch.randn(n), torch.cat([torch.randperm(k) for k in lengths])
-    score[cu[30] : cu[31]] *= 100
-    rank[cu[35] : cu[36]] //= 2
+    for s in range(32):  # best first
+        rank[cu[s] : cu[s + 1]] = torch.arange(5)
+    score[cu[5] : cu[6]] *= 100
+    score[cu[62] : cu[63]] *= 100
+    for s in (40, 67):
+        rank[cu[s] : cu[s + 1]] //= 2
+    rank[cu[41] : cu[42]] = torch.tensor([0, 0, 1, 2, 2])
     together = loss_and_gradient(score, rank, cu, "prompt_mean_valid", denominator=7.0)[1]
     for s, k in enumerate(lengths):
         own = slice(int(cu[s]), int(cu[s + 1]))
@@ -183,7 +220,11 @@ def test_a_constant_added_to_a_prompt_changes_nothing(cpu_class):
     for reduction in REDUCTIONS:
         before = loss_and_gradient(score, rank, cu, reduction)
         after = loss_and_gradient(score + shift, rank, cu, reduction)
-        assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+        wide = score.double().requires_grad_()
+        truth, *_ = ranking_loss_reference(wide, rank, cu, reduction)
+        truth.backward()
+        assert_close(after[0], before[0], truth, "loss")
+        assert_close(after[1], before[1], wide.grad, "grad")
 
 
 def test_two_answers_are_bradley_terry(precision):
