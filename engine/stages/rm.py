@@ -181,7 +181,11 @@ def group_scores(
 
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32
-    return torch.tensor([rank for g in groups for rank in g.ranks], dtype=torch.float32)
+    """Each answer's place among its prompt's ranks: in float32 ranks themselves could become ties."""
+    places = [{rank: place for place, rank in enumerate(sorted(set(g.ranks)))} for g in groups]
+    return torch.tensor(
+        [float(place[rank]) for g, place in zip(groups, places, strict=True) for rank in g.ranks]
+    )
 
 
 def answer_offsets(groups: Sequence[RankedGroup]) -> Tensor:  # (groups + 1,) int32

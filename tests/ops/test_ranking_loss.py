@@ -153,8 +153,9 @@ def test_few_answers_keep_their_digits(cpu_class, order, answers, right, scale):
     pair = rank[:, :, None] < rank[:, None, :]
     margin = (wide[:, :, None] - wide[:, None, :]).where(pair, torch.inf)
     truth, wrong = -torch.nn.functional.logsigmoid(margin).sum((1, 2)), torch.sigmoid(-margin)
+    cu = offsets([answers] * prompts)
     together, grad, num_pairs, num_correct = loss_and_gradient(
-        score.flatten(), rank.flatten(), offsets([answers] * prompts), "pair_mean", denominator=1.0
+        score.flatten(), rank.flatten().float(), cu, "pair_mean", denominator=1.0
     )
     torch.testing.assert_close(together.double(), truth.sum(), rtol=2e-7, atol=0)
     terms = wrong.sum(1) + wrong.sum(2)
@@ -173,7 +174,7 @@ def test_best_first_with_some_far_apart(cpu_class, answers, reduction):
     prompts = 150  # more than two blocks, and a part of a group
     spread = torch.tensor([1.0, 0.0, 3.0, 40.0, 1.0, 1e5, 1e-20])[torch.arange(prompts) % 7]
     score = (torch.randn(prompts, answers) * spread[:, None] + 500 * torch.randn(prompts, 1)).flatten()
-    rank, cu = torch.arange(answers).repeat(prompts), offsets([answers] * prompts)
+    rank, cu = torch.arange(answers).float().repeat(prompts), offsets([answers] * prompts)
     loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
     wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
     truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
@@ -203,7 +204,7 @@ def test_no_neighbour_changes_a_bit(cpu_class):
     for s in (40, 67):
         rank[cu[s] : cu[s + 1]] //= 2
     rank[cu[41] : cu[42]] = torch.tensor([0, 0, 1, 2, 2])
-    together = loss_and_gradient(score, rank, cu, "prompt_mean_valid", denominator=7.0)[1]
+    together = loss_and_gradient(score, rank.float(), cu, "prompt_mean_valid", denominator=7.0)[1]
     for s, k in enumerate(lengths):
         own = slice(int(cu[s]), int(cu[s + 1]))
         for ranks in (rank[own].float(), rank[own].double() * 1e-12 + 1):
@@ -329,11 +330,14 @@ def test_threads_and_neighbours_do_not_change_a_bit(threads):
 
 
 def test_the_bad_rank_of_a_large_batch_is_named(cpu_class):
-    rank = torch.arange(3000.0)
-    rank[2995] = float("-inf")
-    for given_ in (rank, rank.double()):
-        with pytest.raises(ValueError, match=r"rank\[2995\]: got -inf, want a finite number"):
-            ranking_loss(torch.zeros(3000), given_, offsets([5] * 600), "pair_mean", denominator=1.0)
+    for at, bad in ((2995, "-inf"), (1000, "-inf"), (1004, "inf"), (1002, "nan")):
+        rank = torch.arange(3000.0)
+        rank[at] = float(bad)
+        for given_ in (rank, rank.double()):
+            with pytest.raises(ValueError, match=rf"rank\[{at}\]: got {bad}, want a finite number"):
+                ranking_loss(
+                    torch.zeros(3000), given_, offsets([5] * 600), "pair_mean", denominator=1.0
+                )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

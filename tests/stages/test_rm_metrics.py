@@ -7,13 +7,14 @@ import torch
 from small_engines import save_tiny
 
 import engine
+from engine import ops
 from engine.config import RMConfig
 from engine.data.pack import pack_groups
 from engine.data.rankings import RankedGroup
 from engine.model import transformer
 from engine.model.weights import scalar_from_policy
 from engine.stages.inputs import RMData
-from engine.stages.rm import RMStage, group_scores
+from engine.stages.rm import RMStage, answer_offsets, group_scores, ranks_of
 from engine.stages.rm_metrics import count_pairs, ranking_metrics
 
 GROUPS = [
@@ -58,6 +59,16 @@ def test_ties_are_no_pairs():
 def model(tmp_path_factory):
     folder = save_tiny("llama", tmp_path_factory.mktemp("rm") / "model")
     return scalar_from_policy(folder, seed=3, dtype="float32", trainable=True)
+
+
+def test_close_ranks_stay_apart():
+    """2^24 and the next number are one float32, as are these decimals."""
+    close = RankedGroup((1,), ((3,), (4,), (5,)), (2.0**24, 2.0**24 + 1, 2.0**24), "a")
+    decimals = RankedGroup((1,), ((3,), (4,)), (0.1 + 1e-12, 0.1), "b")
+    ranks = ranks_of([close, decimals])
+    assert ranks.dtype == torch.float32 and ranks.tolist() == [0, 1, 0, 1, 0]
+    _, num_pairs, _ = ops.ranking_loss(torch.zeros(5), ranks, answer_offsets([close, decimals]))
+    assert int(num_pairs) == count_pairs(close.ranks) + count_pairs(decimals.ranks) == 3
 
 
 def test_each_prompt_goes_through_the_network_once(model, monkeypatch):
