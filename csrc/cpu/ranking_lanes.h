@@ -90,17 +90,19 @@ ENGINE_INLINE void swap_alike(const vint* swapped, vfloat* v) {
   }
 }
 
-// x - n ln 2, |x| < kFarthest: one product and difference where they are rounded once.
+// x - n ln 2, |x| < kFarthest: one product and difference where an instruction rounds them once.
 ENGINE_INLINE vfloat less_powers(vfloat x, vfloat n) {
-#if defined(__FMA__)
-  return x - n * 0.69314718f;
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(n, splat(0.69314718f), x);
+#elif defined(__AVX2__)
+  return _mm256_fnmadd_ps(n, splat(0.69314718f), x);
 #else
   return (x - n * 0.693359375f) - n * -2.12194440e-4f;
 #endif
 }
 
-// s = n ln 2 + r with |r| <= ln 2 / 2, and e = e^s / (2^shared kScale), where n goes to the exponent and kScale makes the
-// polynomial's leading coefficient 1 (its error is 2e-9 of e^r, e is in [0.7, 1.5) for s = 0).
+// s = n ln 2 + r with |r| <= ln 2 / 2, and e = e^s / (2^shared kScale): n goes to the exponent, and the polynomial, whose
+// error is 2e-9 of e^r, has the leading coefficient 1. It is 2^9.497 e^r then, of which the exponent takes 2^9.
 constexpr double kScaleLog2 = 9 - 9.497274559303031;
 struct Exponentials {
   vfloat e[kMost], shared;
