@@ -29,6 +29,20 @@ def loss_and_gradient(score, rank, cu, reduction, **keywords):
     return loss.detach(), score.grad, int(num_pairs), int(num_correct)
 
 
+def check_against_float64(score, rank, cu, reduction):
+    """Loss, gradient and counts by the tolerance rule; returns the gradient."""
+    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
+    wide, plain = (score.to(d, copy=True).requires_grad_() for d in (torch.float64, torch.float32))
+    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
+    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
+    truth.backward()
+    reference.backward()
+    assert_close(loss, reference, truth, "loss")
+    assert_close(grad, plain.grad, wide.grad, "grad")
+    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
+    return grad
+
+
 @golden_cases("pairwise_ranking_prompt")
 def test_golden_prompt(case, precision):
     given_, want, dtype = case["inputs"], case["outputs"], precision.dtype
@@ -83,15 +97,7 @@ def test_ragged_against_float64(cpu_class, lengths, levels, scale, reduction, se
     torch.manual_seed(seed)
     n, cu = sum(lengths), offsets(lengths)
     score, rank = torch.randn(n) * scale, torch.randint(levels, (n,))
-    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
-    wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
-    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
-    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
-    truth.backward()
-    reference.backward()
-    assert_close(loss, reference, truth, "loss")
-    assert_close(grad, plain.grad, wide.grad, "grad")
-    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
+    grad = check_against_float64(score, rank, cu, reduction)
     assert grad.isfinite().all()
     for prompt in grad.split(lengths):
         assert abs(float(prompt.sum())) <= 1e-6
@@ -106,15 +112,7 @@ def test_prompts_of_many_shapes_in_one_batch(cpu_class, reduction, dtype):
     spread = torch.tensor([1.0, 7.0, 0.0, 40.0, 1e-20])[torch.arange(len(lengths)) % 5]
     score = torch.randn(n) * spread.repeat_interleave(torch.tensor(lengths))
     rank = torch.randint(6, (n,)).to(dtype)
-    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
-    wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
-    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
-    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
-    truth.backward()
-    reference.backward()
-    assert_close(loss, reference, truth, "loss")
-    assert_close(grad, plain.grad, wide.grad, "grad")
-    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
+    check_against_float64(score, rank, cu, reduction)
 
 
 @pytest.mark.parametrize("margin", [-16.0, -8.1, -8.0, 0.0, 1e-30, 7.9, 8.0, 8.1, 15.9, 16.1])
@@ -175,18 +173,9 @@ def test_best_first_with_some_far_apart(cpu_class, answers, reduction):
     spread = torch.tensor([1.0, 0.0, 3.0, 40.0, 1.0, 1e5, 1e-20])[torch.arange(prompts) % 7]
     score = (torch.randn(prompts, answers) * spread[:, None] + 500 * torch.randn(prompts, 1)).flatten()
     rank, cu = torch.arange(answers).float().repeat(prompts), offsets([answers] * prompts)
-    loss, grad, num_pairs, num_correct = loss_and_gradient(score, rank, cu, reduction)
-    wide, plain = (score.to(d).requires_grad_() for d in (torch.float64, torch.float32))
-    truth, want_pairs, want_correct = ranking_loss_reference(wide, rank, cu, reduction)
-    reference, _, _ = ranking_loss_reference(plain, rank, cu, reduction)
-    truth.backward()
-    reference.backward()
-    assert_close(loss, reference, truth, "loss")
-    assert_close(grad, plain.grad, wide.grad, "grad")
-    assert (num_pairs, num_correct) == (int(want_pairs), int(want_correct))
-    spoilt = score.detach().clone()
-    spoilt[17 * answers] = float("nan")
-    loss, broken, *_ = loss_and_gradient(spoilt, rank, cu, reduction)
+    grad = check_against_float64(score, rank, cu, reduction)
+    score[17 * answers] = float("nan")
+    loss, broken, *_ = loss_and_gradient(score, rank, cu, reduction)
     assert loss.isnan() and broken[17 * answers : 18 * answers].isnan().all()
     broken[17 * answers : 18 * answers] = grad[17 * answers : 18 * answers]
     assert torch.equal(broken, grad)
