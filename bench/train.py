@@ -30,10 +30,10 @@ import torch
 from bench import machine, training, training_cases, training_kernels
 from bench.training import Row, Setting
 from bench.training_cases import Case
+from bench.training_table import OPS
 from bench.workloads import spread
 from engine import ops
 
-OPS = ("gae", "kl_reward", "whiten", "ranking_loss", "ranking_loss-any-order")
 WORKLOADS = ("sft", "sft-ragged", "rm", "rm-repeated", "linear_logprob", *OPS)
 PEERS = ("hf",)
 
