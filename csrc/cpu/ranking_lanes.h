@@ -55,6 +55,8 @@ ENGINE_INLINE vfloat select(vint mask, vfloat a, vfloat b) {
 ENGINE_INLINE vfloat rounded(vfloat product) {
 #if defined(__AVX2__)
   asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
 #endif
   return product;
 }

@@ -182,10 +182,9 @@ def group_scores(
 
 def ranks_of(groups: Sequence[RankedGroup]) -> Tensor:  # (sum of K,) float32
     """Each answer's place among its prompt's ranks: in float32 ranks themselves could become ties."""
-    places = [{rank: place for place, rank in enumerate(sorted(set(g.ranks)))} for g in groups]
-    return torch.tensor(
-        [float(place[rank]) for g, place in zip(groups, places, strict=True) for rank in g.ranks]
-    )
+    ranks = [torch.tensor(g.ranks, dtype=torch.float64) for g in groups]
+    places = [r.unique(return_inverse=True)[1] for r in ranks]  # type: ignore[no-untyped-call]
+    return torch.cat(places).float()
 
 
 def answer_offsets(groups: Sequence[RankedGroup]) -> Tensor:  # (groups + 1,) int32
