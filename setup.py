@@ -32,6 +32,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CLASSES = {"plain": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
+TILED = ("gemm", "logprob")  # files of ENGINE_TILED_KERNELs; of the others class amx runs avx512's loops (dispatch.h)
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CUDA_OBJECTS = ROOT / "build" / "cuda"
 CUDA_CODES = (80, 90, 100)  # A100, H100, B200; other GPUs of these generations run the same code
@@ -52,9 +53,10 @@ def class_flags() -> dict[str, list[str]]:
     return CLASSES if platform.machine() in ("x86_64", "AMD64") else {"plain": []}
 
 
-def class_sources() -> list[Path]:
-    """The files with loops, compiled once a class."""
-    return [source for source in SOURCES if "#ifdef ENGINE_CLASS" in source.read_text()]
+def class_halves() -> list[tuple[Path, str]]:
+    """The files with loops, once a class that has its own."""
+    looped = [source for source in SOURCES if "#ifdef ENGINE_CLASS" in source.read_text()]
+    return [(path, name) for path in looped for name in class_flags() if name != "amx" or path.stem in TILED]
 
 
 def torch_flags() -> list[str]:
@@ -146,11 +148,7 @@ def compile_kernels() -> list[str]:
     empty_unless(OBJECTS, stamp())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         header = pool.submit(precompile_torch_headers)
-        halves = [
-            pool.submit(compile_half, source, name, OBJECTS)
-            for source in class_sources()
-            for name in class_flags()
-        ]
+        halves = [pool.submit(compile_half, source, name, OBJECTS) for source, name in class_halves()]
         halves += [pool.submit(compile_half, source, None, header.result()) for source in SOURCES]
         return [half.result() for half in halves]
 

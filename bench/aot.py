@@ -175,17 +175,29 @@ def _said(variant: Variant) -> Record:
 
 
 def due(variants: list[Variant], known: Container[tuple[str, str]]) -> list[Variant]:
-    """What a check compiles: one variant of each kernel, dtype and architecture, and each that is not `known` by its op
-    and key.
+    """What a check compiles: every variant that is not `known` by its op and key, and of each kernel, known or not, as
+    many as name each architecture and each dtype once.
 
     The code of the others, rows of tables and ways through a kernel, follows from the same sources, options and
     compiler as what is recorded under their keys.
     """
-    first: dict[tuple[str, ...], Variant] = {}
+    kernels: dict[tuple[str, str], dict[tuple[str, str], Variant]] = {}
     for v in variants:
-        first.setdefault((v.op, v.kernel, v.dtype, v.arch), v)
-    ones = {id(v) for v in first.values()}
+        kernels.setdefault((v.op, v.kernel), {}).setdefault((v.arch, v.dtype), v)
+    ones = {id(v) for of_kernel in kernels.values() for v in _diagonal(of_kernel)}
     return [v for v in variants if id(v) in ones or (v.op, v.key) not in known]
+
+
+def _diagonal(found: dict[tuple[str, str], Variant]) -> list[Variant]:
+    """Some by architecture and dtype, so that each of both is among them."""
+    archs, dtypes = ([*dict.fromkeys(names)] for names in zip(*found, strict=True))
+    count = max(len(archs), len(dtypes))
+    pairs = [(archs[i % len(archs)], dtypes[i % len(dtypes)]) for i in range(count)]
+    chosen = [pair for pair in pairs if pair in found]
+    for arch, dtype in found:
+        if arch not in {a for a, _ in chosen} or dtype not in {d for _, d in chosen}:
+            chosen.append((arch, dtype))
+    return [found[pair] for pair in chosen]
 
 
 def checked(variants: list[Variant]) -> Iterator[Record]:

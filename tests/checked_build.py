@@ -105,9 +105,8 @@ def build() -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             halves = [pool.submit(compile_module)]
             halves += [
-                pool.submit(compile_loops, source, name, flags)
-                for source in builder.class_sources()
-                for name, flags in class_flags().items()
+                pool.submit(compile_loops, source, name, class_flags()[name])
+                for source, name in builder.class_halves()
             ]
             halves += [
                 pool.submit(builder.compile_half, source, None, header)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_classes import runnable_classes, use_class, use_threads
+from cpu_classes import classes_of, use_class, use_threads
 from filelock import FileLock
 
 from engine.demo import model
@@ -23,7 +23,8 @@ UNPACKED = Path(__file__).resolve().parents[1] / "build" / "tests"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cpu_class" in metafunc.fixturenames:
-        metafunc.parametrize("cpu_class", runnable_classes(), indirect=True)
+        classes = classes_of(Path(metafunc.module.__file__))
+        metafunc.parametrize("cpu_class", classes, indirect=True)
 
 
 @pytest.fixture

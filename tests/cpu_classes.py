@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+import setup as builder
 from engine.kernels._backend import extension
 
 CLASSES = ("plain", "avx2", "avx512", "amx")  # lowest first; a machine runs its own and all below
@@ -13,6 +15,15 @@ CLASSES = ("plain", "avx2", "avx512", "amx")  # lowest first; a machine runs its
 def runnable_classes() -> tuple[str, ...]:
     module = extension()
     return CLASSES[: CLASSES.index(module.detected_class()) + 1] if module else ()
+
+
+def classes_of(test: Path) -> tuple[str, ...]:
+    """Those with loops of their own for the op of this file: without products, class amx runs avx512's (dispatch.h)."""
+    source = builder.MODULE.with_name(test.name.removeprefix("test_")).with_suffix(".cpp")
+    tiled = not source.exists() or any(
+        path.stem in builder.TILED for path in builder.made_from(source)
+    )
+    return tuple(name for name in runnable_classes() if tiled or name != "amx")
 
 
 @contextmanager

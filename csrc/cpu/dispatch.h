@@ -17,8 +17,24 @@ const char* class_name(CpuClass cpu_class);
 
 }  // namespace engine
 
+// ENGINE_TILED_KERNEL: class amx has loops of its own, on tiles. Of ENGINE_KERNEL's it runs those of avx512: nothing else
+// tells the two apart.
 #if defined(__x86_64__)
 #define ENGINE_KERNEL(ret, name, args)             \
+  namespace engine::plain { ret name args; }       \
+  namespace engine::avx2 { ret name args; }        \
+  namespace engine::avx512 { ret name args; }      \
+  namespace engine {                               \
+  inline auto pick_##name() {                      \
+    switch (current_class()) {                     \
+      case CpuClass::amx:                          \
+      case CpuClass::avx512: return &avx512::name; \
+      case CpuClass::avx2: return &avx2::name;     \
+      default: return &plain::name;                \
+    }                                              \
+  }                                                \
+  }
+#define ENGINE_TILED_KERNEL(ret, name, args)       \
   namespace engine::plain { ret name args; }       \
   namespace engine::avx2 { ret name args; }        \
   namespace engine::avx512 { ret name args; }      \
@@ -39,4 +55,5 @@ const char* class_name(CpuClass cpu_class);
   namespace engine {                         \
   inline auto pick_##name() { return &plain::name; } \
   }
+#define ENGINE_TILED_KERNEL ENGINE_KERNEL
 #endif

@@ -60,29 +60,29 @@ struct Part {
 
 }  // namespace engine
 
-ENGINE_KERNEL(int64_t, panel_columns, ())
-ENGINE_KERNEL(int64_t, block_rows, (engine::Arithmetic arithmetic))
-ENGINE_KERNEL(void, product,
-              (const engine::Left& left, const engine::Right& right, int64_t depth, const engine::Part& part,
-               const engine::Out& out))
+ENGINE_TILED_KERNEL(int64_t, panel_columns, ())
+ENGINE_TILED_KERNEL(int64_t, block_rows, (engine::Arithmetic arithmetic))
+ENGINE_TILED_KERNEL(void, product,
+                    (const engine::Left& left, const engine::Right& right, int64_t depth, const engine::Part& part,
+                     const engine::Out& out))
 
 // B: one panel from a weight (N, K), or 32 rows of a matrix (K, N) to their places in all panels.
-ENGINE_KERNEL(void, pack_panel_from_columns,
-              (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
-               int64_t panel, void* out))
+ENGINE_TILED_KERNEL(void, pack_panel_from_columns,
+                    (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
+                     int64_t panel, void* out))
 // One panel of a weight anew from its float master (N, K): `dense` gets the rounded rows, `out` the panel of them.
-ENGINE_KERNEL(void, refresh_panel,
-              (const float* master, int64_t cols, int64_t depth, engine::Arithmetic arithmetic, int64_t panel,
-               void* dense, bool bf16, void* out))
-ENGINE_KERNEL(void, pack_chunk_from_rows,
-              (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
-               int64_t chunk, int64_t panel_bytes, void* out))
+ENGINE_TILED_KERNEL(void, refresh_panel,
+                    (const float* master, int64_t cols, int64_t depth, engine::Arithmetic arithmetic, int64_t panel,
+                     void* dense, bool bf16, void* out))
+ENGINE_TILED_KERNEL(void, pack_chunk_from_rows,
+                    (const engine::Matrix& source, int64_t cols, int64_t depth, engine::Arithmetic arithmetic,
+                     int64_t chunk, int64_t panel_bytes, void* out))
 
 // A, rounded to bf16 for tiles: one block of rows from a matrix (M, K), or 32 rows of a matrix (K, M) to their places in
 // all blocks.
-ENGINE_KERNEL(void, stage_block,
-              (const engine::Matrix& source, int64_t rows, int64_t depth, engine::Arithmetic arithmetic,
-               int64_t block, void* out))
-ENGINE_KERNEL(void, stage_chunk_transposed,
-              (const engine::Matrix& source, int64_t rows, int64_t depth, engine::Arithmetic arithmetic,
-               int64_t chunk, int64_t block_bytes, void* out))
+ENGINE_TILED_KERNEL(void, stage_block,
+                    (const engine::Matrix& source, int64_t rows, int64_t depth, engine::Arithmetic arithmetic,
+                     int64_t block, void* out))
+ENGINE_TILED_KERNEL(void, stage_chunk_transposed,
+                    (const engine::Matrix& source, int64_t rows, int64_t depth, engine::Arithmetic arithmetic,
+                     int64_t chunk, int64_t block_bytes, void* out))

@@ -53,25 +53,25 @@ inline int64_t vocabulary_blocks(int64_t vocabulary) { return (vocabulary + kVoc
 
 // Statistics of rows [row0, row1) and blocks [block0, block1): statistics[row - row0][all blocks]; target_z[row - row0]
 // is set where the row's target (may be nullptr) lies in these blocks. `kept` gets the logits (may be nullptr).
-ENGINE_KERNEL(void, logprob_statistics,
-              (const engine::Head& head, int64_t row0, int64_t row1, int64_t block0, int64_t block1,
-               const int64_t* targets, engine::BlockStatistics* statistics, float* target_z, float* kept))
+ENGINE_TILED_KERNEL(void, logprob_statistics,
+                    (const engine::Head& head, int64_t row0, int64_t row1, int64_t block0, int64_t block1,
+                     const int64_t* targets, engine::BlockStatistics* statistics, float* target_z, float* kept))
 // Row r's blocks merged in order, and the results at index r.
-ENGINE_KERNEL(void, logprob_finish,
-              (const engine::BlockStatistics* statistics, int64_t blocks, int64_t rows, const float* target_z,
-               const engine::RowResults& results))
+ENGINE_TILED_KERNEL(void, logprob_finish,
+                    (const engine::BlockStatistics* statistics, int64_t blocks, int64_t rows, const float* target_z,
+                     const engine::RowResults& results))
 // d loss / d (hidden W^T + bias) of a part, in dz at (row, col - dz_col), and its sums over the rows (may be nullptr).
-ENGINE_KERNEL(void, logprob_gradient,
-              (const engine::Head& head, const engine::Part& part, const engine::RowGradients& rows,
-               const engine::Out& dz, int64_t dz_col, float* bias_sums))
+ENGINE_TILED_KERNEL(void, logprob_gradient,
+                    (const engine::Head& head, const engine::Part& part, const engine::RowGradients& rows,
+                     const engine::Out& dz, int64_t dz_col, float* bias_sums))
 // dH, dW and db of blocks [block0, block1) from kept logits, which become their gradients; the sums into one dH.
-ENGINE_KERNEL(void, kept_gradients,
-              (const engine::Head& head, int64_t rows, int64_t block0, int64_t block1, float* kept,
-               const engine::RowGradients& of, const engine::KeptGradients& to))
-ENGINE_KERNEL(int64_t, kept_width, (int64_t depth))
-ENGINE_KERNEL(void, sum_kept_hidden,
-              (const float* parts, int64_t groups, int64_t rows, int64_t depth, bool pairs, int64_t row, float* dh))
+ENGINE_TILED_KERNEL(void, kept_gradients,
+                    (const engine::Head& head, int64_t rows, int64_t block0, int64_t block1, float* kept,
+                     const engine::RowGradients& of, const engine::KeptGradients& to))
+ENGINE_TILED_KERNEL(int64_t, kept_width, (int64_t depth))
+ENGINE_TILED_KERNEL(void, sum_kept_hidden,
+                    (const float* parts, int64_t groups, int64_t rows, int64_t depth, bool pairs, int64_t row, float* dh))
 // The first token whose cumulated probability exceeds `uniform`, and its z; -1 where no token has a probability.
-ENGINE_KERNEL(int64_t, sample_token,
-              (const engine::Head& head, int64_t row, int64_t rows, const engine::BlockStatistics* statistics,
-               double uniform, float* token_z))
+ENGINE_TILED_KERNEL(int64_t, sample_token,
+                    (const engine::Head& head, int64_t row, int64_t rows, const engine::BlockStatistics* statistics,
+                     double uniform, float* token_z))

@@ -329,12 +329,14 @@ template <int K>
 ENGINE_APART void sum_lanes(Lanes& lanes) {
   vint falls{};
   for (int i = 1; i < K; ++i) falls |= lanes.rank[i] < lanes.rank[i - 1];
-  if (!any_lane(falls)) return sum_tied<K>(lanes);
+  const bool unsorted = any_lane(falls);
   vint swapped[kSwaps];
-  sort_ranks<K>(lanes.rank, swapped);
-  swap_alike<K, false>(swapped, lanes.score);
+  if (unsorted) {
+    sort_ranks<K>(lanes.rank, swapped);
+    swap_alike<K, false>(swapped, lanes.score);
+  }
   sum_tied<K>(lanes);
-  swap_alike<K, true>(swapped, lanes.grad);
+  if (unsorted) swap_alike<K, true>(swapped, lanes.grad);
 }
 
 }  // namespace engine::ENGINE_CLASS

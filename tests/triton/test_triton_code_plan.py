@@ -1,7 +1,7 @@
 """What is compiled: the plan of all variants, what it leaves out, and all kernels against the record.
 
-The last test compiles every kernel for every architecture and dtype, and of its other variants those that are not
-recorded under their sources: minutes where build/aot is empty, seconds where it is not.
+The last test compiles every kernel for every architecture and in every dtype, and of its other
+variants those that are not recorded under their sources: minutes where build/aot is empty, seconds where it is not.
 """
 
 import json
@@ -144,6 +144,12 @@ def test_a_check_compiles_each_kernel_once_and_what_is_not_known():
     known = {(v.op, v.key) for v in variants}
     assert aot.due(variants, known) == [one, wide]
     assert aot.due(variants, known - {("test", other.key)}) == [one, other, wide]
+    archs, dtypes = ("sm_80", "sm_90", "sm_100"), ("bfloat16", "float32")
+    grid = [replace(one, arch=arch, dtype=dtype) for arch in archs for dtype in dtypes]
+    now = aot.due(grid, {(v.op, v.key) for v in grid})
+    assert len(now) == 3 and {v.arch for v in now} == {*archs} and {v.dtype for v in now} == {*dtypes}
+    now = aot.due(grid[:3], {(v.op, v.key) for v in grid})  # a pair on the diagonal is not there
+    assert {v.arch for v in now} == {*archs[:2]} and {v.dtype for v in now} == {*dtypes}
     assert aot.due([replace(row, op="another"), one], known) == [replace(row, op="another"), one]
 
 
