@@ -8,6 +8,7 @@ Paper sections are those of InstructGPT (Ouyang et al. 2022).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +81,20 @@ class SFTConfig(EpochConfig):
             self.ptx_fraction,
             "a number above 0 and below 1 together with ptx_dataset_name, 0 without",
         )
+        rows = self.batch_size
+        require(
+            self.ptx_fraction == 0 or 1 <= self.ptx_rows <= rows - 1,
+            "ptx_fraction",
+            self.ptx_fraction,
+            f"at least one row of text and one demonstration in each batch: of a batch of {rows} it makes"
+            f" {self.ptx_rows} rows text; give another share, or a larger batch"
+            " (per_device_train_batch_size x gradient_accumulation_steps)",
+        )
+
+    @property
+    def ptx_rows(self) -> int:
+        """Rows of each batch that are pretraining text."""
+        return round(self.batch_size * self.ptx_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +130,9 @@ class RewardSource:
     `f(prompts, completions, **columns) -> list[float | None]`."""
     weight: float = 1.0
     """Its factor in the sum."""
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.weight), f"rewards: weight of {self.source}", self.weight, "a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ from engine.stages.inputs import (
     load_rm_data,
     load_sft_data,
 )
+from engine.stages.select import check_selection
+from engine.stages.sft import epochs_config
 
 
 def machine(device: torch.device, threads: int) -> str:
@@ -52,7 +54,9 @@ def describe(stage: str, config: RunConfig, ranks: Ranks = ALONE) -> list[tuple[
     if isinstance(config, RMConfig):
         return rows + of_reward_model(config, load_rm_data(config, tokenizer, context), ranks)
     assert isinstance(config, SFTConfig)
-    return rows + of_sft(config, load_sft_data(config, tokenizer, context), ranks)
+    data = load_sft_data(config, tokenizer, context)
+    check_selection(config, data, context)
+    return rows + of_sft(config, data, ranks)
 
 
 def of_ppo(config: PPOConfig, data: PPOData, ranks: Ranks = ALONE) -> list[tuple[str, str]]:
@@ -83,7 +87,7 @@ def of_sft(config: SFTConfig, data: SFTData, ranks: Ranks = ALONE) -> list[tuple
         ("memory", settled[1]),
         ("demonstrations", f"{len(data.train)}, validation {len(data.validation)}"),
         ("tokens an epoch", str(sum(len(example.tokens) for example in data.train))),
-        ("steps", str(total_steps(config, len(data.train)))),
+        ("steps", str(total_steps(epochs_config(config), len(data.train)))),
         *(("data", line) for line in data.reports),
     ]
 

@@ -62,15 +62,14 @@ def run_epochs(
     start, tokens_seen, in_a_row = restore(found, model, optimizer)
     if found is None:
         log_evaluation(session, evaluate, 0)
+    saved: dict[str, float] = {}  # until a line is written
     for step in range(start, total):
-        saved = session.check()
+        saved |= session.check()
         began = time.perf_counter()
         rows = step_rows(num_rows, config.batch_size, config.seed, step)
         optimizer.zero_grad()
         metrics = train_step(rows, step)
-        lr = cosine_to_floor(
-            step, total, config.learning_rate, config.lr_floor, config.warmup_steps
-        )
+        lr = scheduled_rate(config, step, total)
         result = guarded_step(optimizer, metrics["loss"], lr, config.max_grad_norm or None)
         in_a_row = in_a_row + 1 if result.skipped else 0
         seconds = time.perf_counter() - began
@@ -89,6 +88,7 @@ def run_epochs(
         }
         if done % config.logging_steps == 0 or done == total:
             session.log.metrics(done, metrics)
+            saved = {}
         if done == total or is_due(done, config.eval_steps, per_epoch):
             log_evaluation(session, evaluate, done)
         on_schedule = done == total or is_due(done, config.save_steps, per_epoch)
@@ -103,6 +103,10 @@ def run_epochs(
             raise stuck_error(done, in_a_row)
         session.stop_if_asked(done)
     optimizer.zero_grad()
+
+
+def scheduled_rate(config: EpochConfig, step: int, total: int) -> float:
+    return cosine_to_floor(step, total, config.learning_rate, config.lr_floor, config.warmup_steps)
 
 
 def adam_settings(config: RunConfig) -> OptimizerConfig:

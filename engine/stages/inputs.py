@@ -126,15 +126,20 @@ def eval_source(config: RunConfig) -> list[DataSource]:
     return [DataSource(path, config.dataset_test_split, config.dataset_config)]
 
 
-def limited(config: RunConfig, context: int) -> int:
-    """max_length within the model's context."""
-    if context < 1:
+def limited(config: RunConfig, context: int, response_length: int = 0) -> int:
+    """max_length within what the model's context leaves beside an answer of `response_length` tokens."""
+    room = context - response_length
+    if room < 1:
         raise ConfigError(
-            "response_length: leaves no room for a prompt in the model's context; give a shorter one"
+            f"response_length: got {response_length}, which leaves no room for a prompt in the model's context of"
+            f" {context}; give a shorter one"
         )
-    if config.max_length > context:
+    if config.max_length > room:
+        limit = f"is {context}"
+        if response_length:
+            limit = f"of {context} leaves {room} beside response_length {response_length}"
         raise ConfigError(
-            f"max_length: got {config.max_length}, the model's context is {context}; want at most that"
+            f"max_length: got {config.max_length}, the model's context {limit}; want at most that"
         )
     return config.max_length
 
@@ -159,9 +164,14 @@ def with_validation(
 
 
 def load_text(
-    config: SFTConfig | PPOConfig, tokenizer: Any
+    config: SFTConfig | PPOConfig, tokenizer: Any, context: int
 ) -> tuple[PretrainRows | None, list[list[int]], tuple[str, ...]]:
     """Pretraining rows, held-out rows, and lines about both."""
+    wanted = config.ptx_dataset_name is not None or config.eval_ptx_dataset_name is not None
+    if wanted and config.ptx_length > context:
+        raise ConfigError(
+            f"ptx_length: got {config.ptx_length}, the model's context is {context}; want at most that"
+        )
 
     def load(path: str, seed: int) -> PretrainRows:
         return load_pretrain(
@@ -201,7 +211,7 @@ def load_sft_data(config: SFTConfig, tokenizer: Any, context: int) -> SFTData:
         )
 
     train, validation, lines = with_validation(config, load)
-    ptx, held, more = load_text(config, tokenizer)
+    ptx, held, more = load_text(config, tokenizer, context)
     return SFTData(train, validation, ptx, held, lines + more)
 
 
@@ -223,8 +233,10 @@ def load_rm_data(config: RMConfig, tokenizer: Any, context: int) -> RMData:
             "no pairs",
         )
     if config.demonstrations_name is None:
-        best = [best_answer(group) for group in train]
-        return RMData(train, validation, best[: config.demonstrations_limit], lines)
+        groups: Sequence[RankedGroup] = train
+        if len(train) > config.demonstrations_limit:  # a file's first rows may be all of one kind
+            groups = drawn(train, config)
+        return RMData(train, validation, [best_answer(group) for group in groups], lines)
     rows = load_sft(
         [DataSource(located(config, config.demonstrations_name))],
         tokenizer,
@@ -232,9 +244,14 @@ def load_rm_data(config: RMConfig, tokenizer: Any, context: int) -> RMData:
         bad_rows=config.bad_rows,
         parse_special_tokens=config.parse_special_tokens,
     )
-    order = generator(config.seed, "rm demonstrations").permutation(len(rows))
-    chosen = [as_group(rows[int(i)]) for i in order[: config.demonstrations_limit]]
+    chosen = [as_group(row) for row in drawn(rows, config)]
     return RMData(train, validation, chosen, (*lines, "demonstrations:", *rows.report.lines()))
+
+
+def drawn(rows: Sequence[Any], config: RMConfig) -> list[Any]:
+    """demonstrations_limit of the rows (all, where there are fewer), in an order that the seed gives."""
+    order = generator(config.seed, "rm demonstrations").permutation(len(rows))
+    return [rows[int(i)] for i in order[: config.demonstrations_limit]]
 
 
 def best_answer(group: RankedGroup) -> RankedGroup:
@@ -252,7 +269,7 @@ def as_group(row: Example) -> RankedGroup:
 
 def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
     """Everything PPO reads, checked."""
-    longest = limited(config, context - config.response_length)
+    longest = limited(config, context, config.response_length)
 
     def load(sources: list[DataSource]) -> Dataset[Prompt]:
         return load_prompts(
@@ -260,7 +277,7 @@ def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
         )
 
     train, validation, lines = with_validation(config, load)
-    ptx, held, more = load_text(config, tokenizer)
+    ptx, held, more = load_text(config, tokenizer, context)
     return PPOData(train, validation[: config.eval_num_prompts], ptx, held, lines + more)
 
 

@@ -32,7 +32,7 @@ from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.estimates import describe
 from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
 from engine.stages.resources import settle_epochs
-from engine.stages.select import select_checkpoint
+from engine.stages.select import check_selection, scorer_vocabulary, select_checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,20 @@ def train_sft(config: SFTConfig) -> Path:
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_sft_data(config, tokenizer, context)
+    check_selection(config, data, context)
     config, chosen = settle_epochs(config, "lm_head", data.lengths, data.longest_prompt, ranks)
     model = load_policy(config.model_name_or_path, config.dtype, True, config.device, ranks)
     policy = HybridEngine(model, tokenizer)
     vocabulary = {config.model_name_or_path: policy.model.architecture.vocab_size}
-    check_vocabulary(config, data, tokenizer, vocabulary)
-    stage = SFTStage(config, policy.model, data, ranks)
-    total = total_steps(config, stage.num_demonstrations_rows)
+    check_vocabulary(config, data, tokenizer, vocabulary | scorer_vocabulary(config))
+    stage, counted = SFTStage(config, policy.model, data, ranks), epochs_config(config)
+    total = total_steps(counted, stage.num_demonstrations_rows)
     live = ("loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "eval/loss")
     with Session(config, "sft", total, live, ranks) as session:
         session.start(identities(config, data), (*data.reports, chosen))
         run_epochs(
             session,
-            stage.epochs_config,
+            counted,
             policy.model,
             stage.num_demonstrations_rows,
             stage.train_step,
@@ -83,6 +84,19 @@ def train_sft(config: SFTConfig) -> Path:
     return Path(config.output_dir)
 
 
+def epochs_config(config: SFTConfig) -> SFTConfig:
+    """What steps are counted by: demonstrations alone, of which a batch with pretraining text holds fewer."""
+    if not config.ptx_rows:
+        return config
+    return replace(
+        config,
+        per_device_train_batch_size=config.batch_size - config.ptx_rows,
+        gradient_accumulation_steps=1,
+        ptx_fraction=0.0,
+        ptx_dataset_name=None,
+    )
+
+
 class SFTStage:
     """The batch of a step, its loss and gradients, and the validation losses."""
 
@@ -90,23 +104,14 @@ class SFTStage:
         self, config: SFTConfig, model: Model, data: SFTData, ranks: Ranks = ALONE
     ) -> None:
         self.config, self.model, self.data, self.ranks = config, model, data, ranks
-        self.ptx_rows = round(config.batch_size * config.ptx_fraction)
         self.num_demonstrations_rows = len(data.train)
-
-    @property
-    def epochs_config(self) -> SFTConfig:
-        """Steps count demonstrations: with a pretraining share a batch holds fewer of them."""
-        if not self.ptx_rows:
-            return self.config
-        rows = self.config.batch_size - self.ptx_rows
-        return replace(self.config, per_device_train_batch_size=rows, gradient_accumulation_steps=1)
 
     def batch(self, rows: Sequence[int], step: int) -> list[Row]:
         """The step's demonstrations and its share of pretraining rows."""
         chosen = [self.demonstration(self.data.train[i], at) for at, i in enumerate(rows)]
-        if self.ptx_rows and self.data.ptx is not None:
-            first = step * self.ptx_rows
-            texts = self.data.ptx.rows(range(first, first + self.ptx_rows))
+        count = self.config.ptx_rows
+        if count and self.data.ptx is not None:
+            texts = self.data.ptx.rows(range(step * count, (step + 1) * count))
             chosen += [Row(tokens, 0, len(rows) + at) for at, tokens in enumerate(texts)]
         return chosen
 

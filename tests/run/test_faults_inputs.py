@@ -149,7 +149,8 @@ def test_prompts_longer_than_the_context(setting, tmp_path):
     path = write(tmp_path / "long.jsonl", rows)
     engine.train_ppo(faulty.ppo(setting, tmp_path / "run", dataset_name=path, total_episodes=4))
     assert "left out, too long: 1" in (tmp_path / "run" / "events.jsonl").read_text()
-    with pytest.raises(ConfigError, match="max_length: got 91, the model's context is 90"):
+    wanted = "max_length: got 91, the model's context of 96 leaves 90 beside response_length 6"
+    with pytest.raises(ConfigError, match=wanted):
         engine.train_ppo(faulty.ppo(setting, tmp_path / "no", dataset_name=path, max_length=91))
     with pytest.raises(ConfigError, match="response_length: .*no room"):
         engine.train_ppo(faulty.ppo(setting, tmp_path / "no", response_length=96))

@@ -1,0 +1,134 @@
+"""Pretraining text in SFT's batches: the share makes whole rows, steps count demonstrations, rows fit the context."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_engines import CONTEXT, save_tiny
+from stages.tiny_data import write_all
+
+import engine
+from engine.errors import ConfigError
+from engine.run import session
+from engine.stages.dry_run import describe
+from engine.stages.sft import epochs_config
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("share")
+    return {"model": str(save_tiny("llama", folder / "model")), **write_all(folder)}
+
+
+def config(batch: int, share: float, accumulation: int = 1) -> engine.SFTConfig:
+    return engine.SFTConfig(
+        model_name_or_path="m",
+        output_dir="o",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        ptx_dataset_name="text",
+        ptx_fraction=share,
+    )
+
+
+@pytest.mark.parametrize(
+    "batch,share,made", [(4, 0.1, 0), (5, 0.1, 0), (8, 0.05, 0), (4, 0.9, 4), (1, 0.3, 0), (1, 0.7, 1)]
+)
+def test_a_share_that_leaves_no_text_or_no_demonstration_is_refused(batch, share, made):
+    message = f"ptx_fraction: got {share}, want at least one .* of a batch of {batch} it makes {made} rows"
+    with pytest.raises(ConfigError, match=message):
+        config(batch, share)
+
+
+@pytest.mark.parametrize(
+    "batch,accumulation,share,made",
+    [(6, 1, 0.1, 1), (1, 6, 0.1, 1), (2, 1, 0.5, 1), (4, 1, 0.8, 3), (32, 1, 0.1, 3)],
+)
+def test_what_is_left_of_a_batch_counts_the_steps(batch, accumulation, share, made):
+    """Any share that is taken, also where the same share of what is left would be none."""
+    given = config(batch, share, accumulation)
+    assert given.ptx_rows == made
+    assert epochs_config(given).batch_size == given.batch_size - made
+
+
+def test_without_text_steps_count_the_whole_batch():
+    given = engine.SFTConfig(model_name_or_path="m", output_dir="o")
+    assert given.ptx_rows == 0 and epochs_config(given) is given
+
+
+def sft(setting: dict[str, str], out: Path, **more) -> engine.SFTConfig:
+    values = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "ptx_fraction": 0.5, "ptx_length": 24}
+    values |= {"max_length": 80}
+    return engine.SFTConfig(
+        model_name_or_path=setting["model"],
+        output_dir=str(out),
+        dataset_name=setting["sft"],
+        ptx_dataset_name=setting["text"],
+        threads=1,
+        progress=False,
+        dtype="float32",
+        **(values | more),
+    )
+
+
+def test_the_steps_that_are_told_are_the_steps_that_are_made(setting, tmp_path, monkeypatch):
+    """12 demonstrations, 2 in each batch, twice."""
+    told = []
+    real = session.RunLog
+
+    def recording(folder, total_steps, **options):
+        told.append(total_steps)
+        return real(folder, total_steps=total_steps, **options)
+
+    monkeypatch.setattr(session, "RunLog", recording)
+    given = sft(setting, tmp_path / "run")
+    assert dict(describe("sft", given))["steps"] == "12"
+    lines = (engine.train_sft(given) / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["step"] for line in lines) == 12
+    assert told == [12]
+
+
+def test_rows_of_text_longer_than_the_context_are_refused_when_they_are_read(setting, tmp_path):
+    message = f"ptx_length: got {CONTEXT + 1}, the model's context is {CONTEXT}; want at most that"
+    long = {"ptx_length": CONTEXT + 1}
+    with pytest.raises(ConfigError, match=message):
+        engine.train_sft(sft(setting, tmp_path / "sft", **long))
+    held = {"ptx_dataset_name": None, "ptx_coef": 0.0, "eval_ptx_dataset_name": setting["text"]}
+    for text in ({"ptx_dataset_name": setting["text"]}, held):
+        with pytest.raises(ConfigError, match=message):
+            engine.train_ppo(ppo(setting, tmp_path / "ppo", **long, **text))
+    assert not (tmp_path / "sft").exists() and not (tmp_path / "ppo").exists()
+    assert describe("sft", sft(setting, tmp_path / "sft", ptx_length=CONTEXT))
+    assert describe("ppo", ppo(setting, tmp_path / "ppo", **long))  # no text, nothing to fit
+
+
+def ppo(setting: dict[str, str], out: Path, **more) -> engine.PPOConfig:
+    values = {"max_length": 60, "response_length": 8, "batch_size": 8, "total_episodes": 8}
+    return engine.PPOConfig(
+        model_name_or_path=setting["model"],
+        output_dir=str(out),
+        rewards=[engine.RewardSource(source="stages.test_text_share:zero")],
+        dataset_name=setting["prompts"],
+        threads=1,
+        progress=False,
+        dtype="float32",
+        **(values | more),
+    )
+
+
+def zero(prompts, completions, **columns):
+    return [0.0] * len(completions)
+
+
+def test_a_prompt_limit_is_told_with_the_context_and_the_answer(setting, tmp_path):
+    given = ppo(setting, tmp_path / "run", max_length=CONTEXT - 7)
+    message = (
+        f"max_length: got {CONTEXT - 7}, the model's context of {CONTEXT} leaves {CONTEXT - 8}"
+        " beside response_length 8; want at most that"
+    )
+    with pytest.raises(ConfigError, match=message):
+        describe("ppo", given)
+    with pytest.raises(ConfigError, match=f"response_length: got {CONTEXT}, .*no room .*context of {CONTEXT}"):
+        describe("ppo", ppo(setting, tmp_path / "run", response_length=CONTEXT))
+    with pytest.raises(ConfigError, match=f"max_length: got {CONTEXT + 1}, the model's context is {CONTEXT};"):
+        describe("sft", sft(setting, tmp_path / "run", max_length=CONTEXT + 1))
