@@ -6,6 +6,7 @@ InstructGPT (Ouyang et al. 2022).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,12 +26,14 @@ def positive(config: object, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         require(value is None or value > 0, key, value, "a number above 0")
+        require(value is None or value < math.inf, key, value, "a finite number above 0")
 
 
 def not_negative(config: object, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         require(value is None or value >= 0, key, value, "0 or more")
+        require(value is None or value < math.inf, key, value, "a finite number, 0 or more")
 
 
 def within_one(config: object, *keys: str) -> None:
@@ -138,7 +141,9 @@ class RunConfig:
             "eval_steps",
         )
         positive(self, "save_total_limit", "logging_steps", "adam_epsilon", "max_skipped_steps", "replicate")
-        not_negative(self, "weight_decay", "max_grad_norm", "seed")
+        clip, off = self.max_grad_norm, "a finite number above 0, or 0, which turns clipping off"
+        require(clip is not None and 0 <= clip < math.inf, "max_grad_norm", clip, off)
+        not_negative(self, "weight_decay", "seed")
         within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
         require(
             not (self.dataset_name and self.dataset_mixture),

@@ -105,7 +105,7 @@ def build_parser(stage: str, preset: str | None) -> jsonargparse.ArgumentParser:
 
 def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
     """argv -> (stage, its config, dry run?). Exits with a message on bad usage."""
-    first, _ = stage_parser().parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    first, rest = stage_parser().parse_known_args(argv)
     if first.stage is None:
         print(__doc__)
         print(f"presets: {', '.join(preset_names())}")
@@ -114,12 +114,14 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
     parser = build_parser(first.stage, first.preset)
     kind = STAGES[first.stage]
     try:
-        found = parser.parse_args(appending(argv))
+        found = parser.parse_args(appending(rest))
         values = parser.instantiate(found).as_dict()
     except EngineError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         parser.error(f"not a config: {type(error).__name__}: {error}")
+    for key in ("stage", "preset"):  # of a --config file: the words of argv are not in `rest`
+        check_as_given(key, values.get(key), getattr(first, key))
     for key in ("config", "stage", "preset", "dry_run"):
         values.pop(key, None)
     values.pop("__path__", None)
@@ -127,6 +129,20 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
         if values.get(field.name, field) is None and "None" not in str(field.type):
             raise ConfigError(f"{field.name}: got null, want a value of type {field.type}")
     return first.stage, kind(**values), bool(found.dry_run)
+
+
+def check_as_given(key: str, in_file: str | None, given: str | None) -> None:
+    """What a --config file says of the stage or the preset comes too late to choose by: it may only repeat argv.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    if in_file is not None and in_file != given:
+        said = f"--{key} {given}" if given else f"no --{key}"
+        raise ConfigError(
+            f"{key}: got {in_file!r} in the --config file and {said} on the command line, want it on the command line:"
+            f" give --{key} {in_file}, or take the key out of the file"
+        )
 
 
 def appending(argv: Sequence[str]) -> list[str]:

@@ -12,6 +12,8 @@ import yaml
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 
+from engine.config import RewardSource
+from engine.errors import ConfigError
 from engine.train import parse, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,11 @@ def test_nested_values():
         (["--adam_beta1", "1.5"], "adam_beta1: got 1.5, want a number from 0 to 1"),
         (["--ptx_fraction", "0.1"], "ptx_fraction: got 0.1"),
         (["--preset", "smal"], "did you mean 'small'"),
+        (["--learning_rate", ".inf"], "learning_rate: got inf, want a finite number, 0 or more"),
+        (["--adam_epsilon", ".inf"], "adam_epsilon: got inf, want a finite number above 0"),
+        (["--max_grad_norm", ".inf"], "max_grad_norm: got inf, want a finite number above 0, or 0, which turns"),
+        (["--max_grad_norm", ".nan"], "max_grad_norm: got nan, want a finite number"),
+        (["--max_grad_norm", "-1"], "max_grad_norm: got -1.0, want a finite number"),
     ],
 )
 def test_values_are_checked(arguments, message, capsys):
@@ -70,6 +77,34 @@ def test_values_are_checked(arguments, message, capsys):
 
     assert main(["--stage", "sft", *BASE, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_the_weight_of_a_reward_is_finite(weight):
+    with pytest.raises(ConfigError, match=r"rewards: weight of module:function: got .*, want a finite number"):
+        RewardSource(source="module:function", weight=weight)
+    assert RewardSource(source="module:function", weight=-1.0).weight == -1.0  # a penalty
+
+
+def test_a_preset_or_stage_in_a_file_is_refused_unless_it_repeats_the_command_line(tmp_path):
+    """It comes too late to choose the keys and their defaults by, wherever the file stands among the words."""
+    file = tmp_path / "config.yaml"
+    words = ["--stage", "sft", *BASE, "--config", str(file)]
+    file.write_text("preset: paper-1.3b\n")
+    wanted = "preset: got 'paper-1.3b' in the --config file and {}.*give --preset paper-1.3b"
+    with pytest.raises(ConfigError, match=wanted.format("no --preset")):
+        parse(words)
+    with pytest.raises(ConfigError, match=wanted.format("--preset small")):
+        parse([*words, "--preset", "small"])
+    with_it = ["--preset=paper-1.3b", *words], [*words, "--preset", "paper-1.3b"]
+    plain = parse(["--stage", "sft", "--preset", "paper-1.3b", *BASE])
+    assert [parse(given) for given in with_it] == [plain, plain]
+    file.write_text("stage: rm\npreset: null\n")
+    for given in (words, [*words[2:], *words[:2]]):
+        with pytest.raises(ConfigError, match="stage: got 'rm' in the --config file and --stage sft.*give --stage rm"):
+            parse(given)
+    file.write_text("stage: sft\nmax_length: 77\n")
+    assert parse(words)[1].max_length == 77
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -105,13 +140,14 @@ def sft_arguments(setting: dict[str, str], out: Path, *more: str) -> list[str]:
 
 
 def test_print_config_can_be_read_back(setting, tmp_path):
-    done = run(*sft_arguments(setting, tmp_path / "run"), "--print_config")
+    arguments = sft_arguments(setting, tmp_path / "run", "--preset", "small")
+    done = run(*arguments, "--print_config")
     assert done.returncode == 0
     values = yaml.safe_load(done.stdout)
     assert values["per_device_train_batch_size"] == 2
     file = tmp_path / "config.yaml"
     file.write_text(done.stdout)
-    assert parse(["--stage", "sft", "--config", str(file)])[1].dataset_name == setting["sft"]
+    assert parse(["--stage", "sft", "--config", str(file)]) == parse(arguments)
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(setting, tmp_path):

@@ -138,6 +138,22 @@ def settle(root: Path, step: int, keep: int) -> None:
     _rotate(root, step, keep)
 
 
+def set_aside(root: Path, step: int, aside: Path) -> list[str]:
+    """Move the checkpoints after `step` into `aside`, a new folder beside them, and give their names.
+
+    The newest goes last: a kill before that leaves the attempt that they are of, its newest checkpoint and all, to go
+    on with; after it `step` is the newest. Without later ones there is no new folder.
+    """
+    later = [path for found, path in sorted(_candidates(root).items()) if found > step]
+    if later:
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        sync(aside)
+        sync(root)
+    return [path.name for path in later]
+
+
 def load(path: Path | str) -> Checkpoint:
     """Read a checkpoint back. Raises `CheckpointError` when `verify` does."""
     path = Path(path)

@@ -197,10 +197,7 @@ class RunLog:
         there = [n for n in (METRICS, SAMPLES, TENSORBOARD) if (self.folder / n).exists()]
         if not there:
             return
-        number_of_earlier = 1
-        while (self.folder / f"previous-{number_of_earlier}").exists():
-            number_of_earlier += 1
-        aside = self.folder / f"previous-{number_of_earlier}"
+        aside = next_previous(self.folder)
         aside.mkdir()
         for name in there:
             (self.folder / name).rename(aside / name)
@@ -223,6 +220,14 @@ class RunLog:
             if written_at <= step:
                 kept.append(line + "\n")
         files.replace(path, "".join(kept))
+
+
+def next_previous(folder: Path) -> Path:
+    """Where to move what is of an earlier run or attempt: the first `previous-K/` that is not there yet."""
+    number_of_earlier = 1
+    while (folder / f"previous-{number_of_earlier}").exists():
+        number_of_earlier += 1
+    return folder / f"previous-{number_of_earlier}"
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:

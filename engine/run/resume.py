@@ -92,16 +92,18 @@ def check_same_run(
         raise CheckpointError(
             f"{where}: does not say which config and inputs it is of; it was written by another version of the engine"
         )
-    known = sorted(set(config) | set(inputs))
+    then = {name: value or {} for name, value in saved.items()}
+    known_inputs = sorted(then["inputs"].keys() | inputs.keys())
+    known = sorted({*then["config"], *config, *known_inputs})
     for key in allowed:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"allow_config_change: got {key!r}, want keys of the config or {', '.join(sorted(inputs))}{hint}"
+                f"allow_config_change: got {key!r}, want keys of the config or {', '.join(known_inputs)}{hint}"
             )
-    found = differences(saved["config"] or {}, with_effect(config))
-    found |= differences(saved["inputs"] or {}, inputs)
+    found = differences(then["config"], with_effect(config))
+    found |= differences(then["inputs"], inputs)
     refused = {key: text for key, text in found.items() if key not in allowed}
     if refused:
         lines = "\n".join(f"  {key}: {text}" for key, text in refused.items())

@@ -28,7 +28,7 @@ from engine.kernels.linear import exact_products
 from engine.run import checkpoint, files, memory
 from engine.run.distributed import ALONE, Ranks
 from engine.run.flops import Totals
-from engine.run.log import RunLog
+from engine.run.log import RunLog, next_previous
 from engine.run.resume import check_same_run, with_effect
 from engine.run.saver import Saver
 from engine.run.sharded_checkpoint import ShardedSaver, is_sharded_checkpoint
@@ -254,9 +254,17 @@ class Session:
         return found
 
     def _settle(self, found: checkpoint.Checkpoint) -> None:
-        if found.path.resolve().parent == self.folder.resolve():
-            with files.refusals_named(self.folder):
-                checkpoint.settle(self.folder, found.step, self.config.save_total_limit)
+        """The folder's checkpoints as they were at that step; later ones, of an attempt given up, go aside."""
+        if found.path.resolve().parent != self.folder.resolve():
+            return
+        with files.refusals_named(self.folder):
+            checkpoint.settle(self.folder, found.step, self.config.save_total_limit)
+            if (self.config.resume_from_checkpoint or "").lower() == "true":
+                return  # the newest whole one: later ones are damaged, and stay until new ones replace them
+            aside = next_previous(self.folder)
+            moved = checkpoint.set_aside(self.folder, found.step, aside)
+        if moved:
+            self.log.event(f"checkpoints of an earlier attempt were moved to {aside}: {', '.join(moved)}")
 
     def load(self, path: Path, like: Mapping[str, Mapping[str, Tensor]]) -> checkpoint.Checkpoint:
         """A checkpoint, written by any number of ranks. `like` is what is wanted of it, group -> name -> a tensor of

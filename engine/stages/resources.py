@@ -6,14 +6,14 @@
                           estimate stays below N
 
 None of it changes a result beyond the rounding of sums. What was chosen is written to the run's config.yaml, and a
-resumed run takes it from there. Several processes choose the same, for the one that has the least memory, and do not
-begin where the estimate does not fit.
+resumed run takes from there what its own config leaves open. Several processes choose the same, for the one that has
+the least memory, and do not begin where the estimate does not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +43,8 @@ ACTIVATION_SHARE = 0.5  # of what weights, gradients and moments leave
 STEP = 256
 ENOUGH_TOKENS = 1024  # fewer than these, and heavier checkpointing is the better use of memory
 HEADROOM = 0.95  # of peak_memory_gb: an estimate is not a measurement
-CHOSEN = ("micro_batch_tokens", "activation_checkpointing", "kv_cache_gb")
+TOKENS, BOUND = "micro_batch_tokens", "peak_memory_gb"
+CHOSEN = (TOKENS, "activation_checkpointing", "kv_cache_gb")
 
 Config = TypeVar("Config", bound=RunConfig)
 Epochs = TypeVar("Epochs", bound=EpochConfig)
@@ -181,18 +182,29 @@ def training_peak(found: Estimate) -> float:
 
 
 def as_begun(config: Config, ranks: Ranks = ALONE) -> Config:
-    """A run that goes on takes what it began with, where the config leaves the choice open."""
+    """A run that goes on takes what it began with, where the config leaves the choice open.
+
+    Open are a mode and a cache at their defaults. The tokens were chosen for a bound, a mode and a cache: with another
+    one given they are chosen again, as is everything with another bound.
+    """
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false" or config.micro_batch_tokens is not None:
         return config
     begun = ranks.by_first(lambda: chosen_before(Path(config.output_dir) / "config.yaml"))
-    return replace(config, **begun)
+    bound, tokens = begun.pop(BOUND, None), begun.pop(TOKENS, None)
+    if config.peak_memory_gb not in (None, bound):
+        return config
+    default = {field.name: field.default for field in fields(config)}
+    begun = {name: value for name, value in begun.items() if name in default}
+    config = replace(config, **{n: v for n, v in begun.items() if getattr(config, n) == default[n]})
+    is_as_begun = all(getattr(config, name) == value for name, value in begun.items())
+    return replace(config, micro_batch_tokens=tokens) if is_as_begun else config
 
 
 def chosen_before(file: Path) -> dict[str, Any]:
-    """The choices in the config.yaml of the run as it began; none where there is no such file."""
+    """The choices in the config.yaml of the run as it began, and its bound; none where there is no such file."""
     begun = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    return {name: begun[name] for name in CHOSEN if begun.get(name) is not None}
+    return {name: begun[name] for name in (*CHOSEN, BOUND) if begun.get(name) is not None}
 
 
 def for_models(config: Config, policy: Model, ranks: Ranks = ALONE) -> Config:

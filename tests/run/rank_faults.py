@@ -255,6 +255,33 @@ def another_config(config: dict[str, Any]) -> None:
     train("sft", resumed | {"seed": 1, "allow_config_change": ["seed"]})
 
 
+def from_an_earlier_checkpoint(config: dict[str, Any]) -> None:
+    """The first rank moves the later ones aside, and none goes on before; the end is the same to the byte."""
+    ranks, folder = begin(), Path(config["output_dir"])
+    config = config | {"max_steps": 3, "save_steps": 1, "save_total_limit": 3}
+    train("sft", config)
+    wanted = (folder / "model.safetensors").read_bytes()
+    ranks.wait()
+    called = []
+
+    def set_aside(was: Callable[..., Any], *arguments: Any) -> Any:
+        called.append(ranks.rank)
+        time.sleep(0.5)
+        return was(*arguments)
+
+    def train_step(was: Callable[..., Any], self: SFTStage, rows: Any, step: int) -> Any:
+        assert step > 1 or whole_steps(config) == [1]
+        ranks.wait()
+        return was(self, rows, step)
+
+    with replaced(checkpoint, "set_aside", set_aside), replaced(SFTStage, "train_step", train_step):
+        train("sft", config | {"resume_from_checkpoint": str(folder / "checkpoint-1")})
+    assert called == [0] * ranks.is_first
+    assert whole_steps(config) == [1, 2, 3]
+    assert [path.name for path in checkpoint.kept(folder / "previous-1")] == ["checkpoint-2", "checkpoint-3"]
+    assert (folder / "model.safetensors").read_bytes() == wanted
+
+
 def a_reward_that_fails(config: dict[str, Any], how: str) -> None:
     """The function is the first rank's; its error is everybody's, after all have saved what was learned."""
     begin()

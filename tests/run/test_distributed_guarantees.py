@@ -39,7 +39,7 @@ def ppo_config(setting: dict[str, str], out: Path) -> dict:
     "check",
     [
         "a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "a_full_disk", "writing_beside_training",
-        "another_config",
+        "another_config", "from_an_earlier_checkpoint",
     ],
 )  # fmt: skip
 def test_of_a_supervised_run(check, setting, tmp_path):

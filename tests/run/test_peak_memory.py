@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from memory_runs import rows, run, save_model
 from small_engines import save_tiny
 
@@ -142,6 +143,46 @@ def test_a_resumed_run_goes_on_with_what_it_chose(shaped, tmp_path):
     config = as_begun(config)
     chosen, _ = settle(config, machine, load, epoch_estimator(config, machine, "lm_head", load))
     assert (chosen.token_budget, chosen.activation_checkpointing) == (640, "full")
+
+
+def as_given(tmp_path, begun: dict[str, object], kind=PPOConfig, **given):
+    """(tokens, mode, cache) of a config with `given` that goes on with a run whose config.yaml says `begun`."""
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(begun))
+    common = {"model_name_or_path": "m", "output_dir": str(out), "resume_from_checkpoint": "true"}
+    if kind is PPOConfig:
+        common["reward_model_path"] = "r"
+    found = as_begun(kind(**common | given))
+    return found.micro_batch_tokens, found.activation_checkpointing, getattr(found, "kv_cache_gb", None)
+
+
+def test_what_is_given_to_a_resumed_run_wins(tmp_path):
+    """Over what it began with: the flags that the message about too little memory names have their effect."""
+    begun = {"micro_batch_tokens": 640, "activation_checkpointing": "none", "kv_cache_gb": 1.5}
+    assert as_given(tmp_path, begun) == (640, "none", 1.5)
+    assert as_given(tmp_path, begun, activation_checkpointing="full") == (None, "full", 1.5)
+    assert as_given(tmp_path, begun, kv_cache_gb=0.5) == (None, "none", 0.5)
+    assert as_given(tmp_path, begun, kv_cache_gb=1.5) == (640, "none", 1.5)
+    assert as_given(tmp_path, begun, peak_memory_gb=4.0) == (None, "selective", 2.0)
+    assert as_given(tmp_path, begun, micro_batch_tokens=77) == (77, "selective", 2.0)
+    bounded = begun | {"peak_memory_gb": 4.0}
+    assert as_given(tmp_path, bounded) == (640, "none", 1.5)
+    assert as_given(tmp_path, bounded, peak_memory_gb=4.0) == (640, "none", 1.5)  # the same command again
+    assert as_given(tmp_path, bounded, peak_memory_gb=3.0) == (None, "selective", 2.0)
+    assert as_given(tmp_path, begun, kind=SFTConfig) == (640, "none", None)  # refused later, for its stage
+
+
+def test_a_resumed_run_has_more_than_one_size_to_try(shaped, tmp_path):
+    """A bound below what the tokens it began with take."""
+    config = config_of(RMConfig, shaped, tmp_path, resume_from_checkpoint="true", peak_memory_gb=1.2)
+    (tmp_path / "out").mkdir()
+    begun = "micro_batch_tokens: 4096\nactivation_checkpointing: none\n"
+    (tmp_path / "out" / "config.yaml").write_text(begun)
+    load, machine = Load(2500, 100_000), machine_of(config, 40e9)
+    config = as_begun(config)
+    chosen, _ = settle(config, machine, load, epoch_estimator(config, machine, "score", load))
+    assert 1024 <= chosen.token_budget < 4096 and chosen.activation_checkpointing == "selective"
 
 
 def test_an_unsettled_budget_is_an_error(shaped, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from run import faulty
 from small_engines import save_tiny
 
 import engine
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.run.resume import WITHOUT_EFFECT, check_same_run, differences, folder_identity
 from engine.train import main, parse
 
@@ -108,6 +109,20 @@ def test_the_flag_is_repeatable_and_checked(setting, tmp_path, capsys):
         [*base, "--resume_from_checkpoint", "true", "--allow_config_change", "sead"]
     )
     assert code == 1 and "did you mean 'seed'" in capsys.readouterr().err
+
+
+def test_every_flag_that_the_refusal_recommends_is_taken():
+    """Also those of what the checkpoint's run had and this one has not."""
+    state = {"config": {"seed": 0, "old_key": 1}, "inputs": {"data.train": "8 rows", "data.ptx": "4 rows"}}
+    config, inputs = {"seed": 1}, {"data.train": "8 rows"}
+    with pytest.raises(CheckpointError) as refused:
+        check_same_run(Path("checkpoint-1"), state, config, inputs, [])
+    recommended = re.findall(r"--allow_config_change (\S+)", str(refused.value))
+    assert recommended == ["old_key", "seed", "data.ptx"]
+    lines = check_same_run(Path("checkpoint-1"), state, config, inputs, recommended)
+    assert [line.rpartition(": was")[0].split()[-1] for line in lines] == recommended
+    with pytest.raises(ConfigError, match=r"got 'data.ptz', want .*data.ptx, data.train; did you mean 'data.ptx'"):
+        check_same_run(Path("checkpoint-1"), state, config, inputs, ["data.ptz"])
 
 
 def test_differences_name_added_and_removed_keys():
