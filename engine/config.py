@@ -22,6 +22,7 @@ from engine.config_shared import (
     require,
     within_one,
 )
+from engine.run.kl_control import LARGEST_ERROR
 
 __all__ = [
     "STAGES",
@@ -154,7 +155,7 @@ class PPOConfig(RunConfig):
     num_samples: int = 1
     """Answers to each drawn prompt; batch_size is a multiple of it."""
     num_mini_batches: int = 8
-    """Optimizer steps an inner epoch; the paper has 8 of 64 episodes."""
+    """Optimizer steps an inner epoch, at most one a prompt; the paper has 8 of 64 episodes."""
     num_ppo_epochs: int = 1
     """Inner epochs; the paper has 1."""
     response_length: int = 128
@@ -176,7 +177,7 @@ class PPOConfig(RunConfig):
     kl_target: float | None = None
     """With it the controller adapts kl_coef towards this KL a sequence (Ziegler et al. 2019)."""
     kl_horizon: int = 10_000
-    """Episodes of that controller's time constant."""
+    """Episodes of that controller's time constant; more than a fifth of batch_size."""
     score_at: Literal["eos", "eos_plus_one"] = "eos"
     """Where the score is paid: at the last token, or one slot later as TRL does."""
     missing_eos_penalty: float = 1.0
@@ -251,23 +252,33 @@ class PPOConfig(RunConfig):
         within_one(self, "gamma", "lam", "ema_decay")
         require(self.ema_decay < 1, "ema_decay", self.ema_decay, "a number below 1; 0 turns it off")
         require(
-            self.batch_size % self.num_samples == 0,
-            "batch_size",
-            self.batch_size,
-            f"a multiple of num_samples = {self.num_samples}",
-        )
-        require(
-            self.num_mini_batches <= self.batch_size,
-            "num_mini_batches",
-            self.num_mini_batches,
-            f"at most batch_size = {self.batch_size}",
-        )
-        require(
             bool(self.reward_model_path or self.rewards),
             "reward_model_path",
             self.reward_model_path,
             "a reward-model folder, or `rewards` with at least one source",
         )
+        self._check_batch()
+
+    def _check_batch(self) -> None:
+        """The numbers that depend on the size of the batch."""
+        batch, samples = self.batch_size, self.num_samples
+        require(batch % samples == 0, "batch_size", batch, f"a multiple of num_samples = {samples}")
+        require(
+            self.num_mini_batches <= batch // samples,
+            "num_mini_batches",
+            self.num_mini_batches,
+            f"at most batch_size / num_samples = {batch} / {samples} = {batch // samples}, since the answers to one"
+            " prompt stay together; lower num_mini_batches or num_samples, or raise batch_size",
+        )
+        if self.kl_target is not None:
+            least = LARGEST_ERROR * batch
+            require(
+                least < self.kl_horizon,
+                "kl_horizon",
+                self.kl_horizon,
+                f"more than {LARGEST_ERROR:g} * batch_size = {least:g} together with kl_target: one iteration could"
+                " else make kl_coef 0 or negative; raise kl_horizon, or lower batch_size",
+            )
 
     @property
     def num_iterations(self) -> int:

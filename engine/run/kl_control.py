@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from engine.errors import ConfigError
 
+LARGEST_ERROR = 0.2  # what an iteration's relative error is clipped to
+
 
 @dataclass(frozen=True)
 class FixedKL:
@@ -50,10 +52,16 @@ class AdaptiveKL:
         """The controller for the next iteration.
 
         `kl` is the batch mean of the KL summed over each sequence (nats), `episodes` the number of
-        sequences of the batch. Raises `ConfigError` for a KL that is not finite.
+        sequences of the batch. Raises `ConfigError` for a KL that is not finite, and for a batch so large
+        against the horizon that beta could become 0 or negative.
         """
         _check_measurement(kl, episodes)
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        if LARGEST_ERROR * episodes >= self.horizon:
+            raise ConfigError(
+                f"adaptive KL: got {episodes} episodes at once with a horizon of {self.horizon:g}, want a horizon above"
+                f" {LARGEST_ERROR * episodes:g}; raise kl_horizon, or give fewer episodes"
+            )
+        error = min(max(kl / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
         return replace(self, beta=self.beta * (1 + error * episodes / self.horizon))
 
 

@@ -12,6 +12,7 @@ import engine
 from engine.errors import EngineError
 from engine.run import checkpoint
 from engine.run.time_limit import TimeLimitError, time_limit
+from engine.stages.ppo import loop
 from engine.stages.ppo.reward_sources import checked
 
 
@@ -92,6 +93,53 @@ def test_a_fault_in_a_validation_loses_neither_iteration_nor_validation(setting,
     engine.train_ppo(dataclasses.replace(config, resume_from_checkpoint="true"))
     engine.train_ppo(faulty.ppo(setting, tmp_path / "whole", **more))
     assert renamed(records(tmp_path / "run"), "raises") == records(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the engine may catch it."""
+
+
+def test_a_validation_that_was_made_up_is_not_made_twice(setting, tmp_path, calls, monkeypatch):
+    """It failed, the resumed run made it and was killed before its next checkpoint, and another run goes on."""
+    more = {"eval_dataset_name": setting["prompts"], "eval_num_prompts": 2, "eval_steps": 1}
+    calls(4)  # as above: the validation of 2 fails
+    config = faulty.ppo(setting, tmp_path / "run", "raises", **more)
+    with pytest.raises(EngineError, match="no such judge"):
+        engine.train_ppo(config)
+    calls(1000)
+
+    def die(*_):
+        raise Killed
+
+    again = dataclasses.replace(config, resume_from_checkpoint="true")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "iterate", die)
+        with pytest.raises(Killed):
+            engine.train_ppo(again)
+    engine.train_ppo(again)
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "whole", **more))
+    assert renamed(records(tmp_path / "run"), "raises") == records(tmp_path / "whole")
+    ours, theirs = (
+        {p.name: p.read_bytes() for p in (tmp_path / x / "samples").iterdir()} for x in ("run", "whole")
+    )
+    assert ours == theirs
+
+
+def test_a_checkpoint_that_was_due_is_kept_though_its_validation_failed(setting, tmp_path, calls):
+    more = {"eval_dataset_name": setting["prompts"], "eval_num_prompts": 2, "eval_steps": 1}
+    more |= {"save_steps": 2, "total_episodes": 16, "save_total_limit": 3}
+    calls(4)  # as above: the validation of 2 fails
+    config = faulty.ppo(setting, tmp_path / "run", "raises", **more)
+    with pytest.raises(EngineError, match="no such judge"):
+        engine.train_ppo(config)
+    calls(1000)
+    engine.train_ppo(dataclasses.replace(config, resume_from_checkpoint="true"))
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "whole", **more))
+    ours, theirs = (
+        [(p.name, checkpoint.read_manifest(p)["interim"]) for p in checkpoint.kept(tmp_path / x)]
+        for x in ("run", "whole")
+    )
+    assert ours == theirs == [("checkpoint-2", False), ("checkpoint-4", False)]
 
 
 def test_the_first_iteration_has_nothing_to_save(setting, tmp_path, calls):

@@ -53,9 +53,17 @@ def evaluate(
         rows = sample_rows(ppo, rollouts, score, kl, ppo.iteration, phase, len(prompts))
     if eval_ptx:
         loss = mean_lm_loss(policy.model, eval_ptx, config.token_budget, ppo.ranks)
-        metrics |= {"eval/ptx_loss": loss, "eval/ptx_perplexity": math.exp(loss)}
+        metrics |= {"eval/ptx_loss": loss, "eval/ptx_perplexity": perplexity(loss)}
     metrics["timing/evaluate"] = time.perf_counter() - began
     return metrics, rows
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite for the loss of a diverged policy, whose exponential is no float64."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def sample(ppo: PPO, policy: HybridEngine, prompts: Sequence[Prompt]) -> Rollouts:

@@ -23,6 +23,7 @@ from engine.model.weights import (
 )
 from engine.run.distributed import ALONE, Ranks, join
 from engine.run.ema import EMA
+from engine.run.log import METRICS, read_records
 from engine.run.session import Session, peak_memory_gb, set_threads
 from engine.stages.epochs import stuck_error
 from engine.stages.estimates import describe
@@ -66,15 +67,14 @@ def train_ppo(config: PPOConfig) -> Path:
     with Session(config, "ppo", config.num_iterations, LIVE, ranks) as session:
         session.start(identities(config, data), (*data.reports, chosen))
         due = restore(session, ppo)
-        if due:
+        if due and not is_evaluated(session, ppo.iteration):
             log_evaluation(session, ppo, rewards, data, due)
         while ppo.iteration < config.num_iterations:
             iterate(session, ppo, rewards, data)
-            done = ppo.iteration
-            last = done == config.num_iterations
-            if last or is_due(done, config.eval_steps):
+            last = ppo.iteration == config.num_iterations
+            if last or is_due(ppo.iteration, config.eval_steps):
                 log_evaluation(session, ppo, rewards, data, "after" if last else "during")
-            save(session, ppo, last or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS))
+            save(session, ppo)
         export(session, ppo)
         session.say_totals()
     return Path(config.output_dir)
@@ -96,7 +96,8 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     result = ppo.advance(rollouts, reward, ptx_rows)
     stats = result.stats | saved
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
-    stats |= timing(rollouts, ptx_rows, began, sampled, rewarded, stats)
+    ptx_tokens = sum(map(len, ptx_rows)) if config.ptx_coef > 0 else 0
+    stats |= timing(rollouts, ptx_tokens, config.num_ppo_epochs, began, sampled, rewarded, stats)
     models = [reward.model for reward in rewards if reward.model is not None]
     for phase, work in iteration_work(
         ppo.policy.model, ppo.value, models, rollouts, ptx_rows, config
@@ -117,16 +118,17 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
 
 def timing(
     rollouts: Rollouts,
-    ptx_rows: Sequence[Sequence[int]],
+    ptx_tokens: int,
+    epochs: int,
     began: float,
     sampled: float,
     rewarded: float,
     stats: dict[str, float],
 ) -> dict[str, float]:
-    """Seconds and tokens a second by phase; tokens are real ones."""
+    """Seconds and tokens a second by phase; tokens are real ones that were trained on: by the update as often as it
+    was, by the iteration once."""
     answers = sum(rollouts.lengths)
     trained = answers + sum(len(p.tokens) for p in rollouts.prompts)
-    ptx = sum(len(row) for row in ptx_rows)
     total = time.perf_counter() - began
     return {
         "timing/rollout": sampled - began,
@@ -134,8 +136,8 @@ def timing(
         "timing/iteration": total,
         "perf/rollout_tokens_per_s": answers / (sampled - began),
         "perf/score_tokens_per_s": trained / stats["timing/score"],
-        "perf/update_tokens_per_s": (trained + ptx) / stats["timing/update"],
-        "perf/tokens_per_s": (trained + ptx) / total,
+        "perf/update_tokens_per_s": (trained * epochs + ptx_tokens) / stats["timing/update"],
+        "perf/tokens_per_s": (trained + ptx_tokens) / total,
     }
 
 
@@ -180,19 +182,37 @@ def restore(session: Session, ppo: PPO) -> str | None:
     return due
 
 
-def save(session: Session, ppo: PPO, on_schedule: bool) -> None:
+def is_evaluated(session: Session, step: int) -> bool:
+    """Whether the records have the evaluation of `step`: a run that ended before its next checkpoint has made it up."""
+    path = session.folder / METRICS
+
+    def found() -> bool:
+        records = read_records(path)[0] if path.exists() else []
+        return any(r.get("step") == step and "timing/evaluate" in r for r in records)
+
+    there: bool = session.ranks.by_first(found)
+    return there
+
+
+def is_on_schedule(config: PPOConfig, done: int) -> bool:
+    """Whether a checkpoint of iteration `done` is kept as one that was due."""
+    return done == config.num_iterations or is_due(done, config.save_steps or DEFAULT_SAVE_ITERATIONS)
+
+
+def save(session: Session, ppo: PPO) -> None:
     """A checkpoint where one is due or a stop was asked for; ends a run in which nothing is learned any more."""
     stuck = ppo.skipped_in_a_row >= ppo.config.max_skipped_steps
-    if on_schedule or session.stop_requested or stuck:
-        save_state(session, ppo, interim=not on_schedule)
+    if is_on_schedule(ppo.config, ppo.iteration) or session.stop_requested or stuck:
+        save_state(session, ppo)
     if stuck:
         session.wait_for_save()
         raise stuck_error(ppo.iteration, ppo.skipped_in_a_row)
     session.stop_if_asked(ppo.iteration)
 
 
-def save_state(session: Session, ppo: PPO, interim: bool, evaluation_due: str | None = None) -> None:
+def save_state(session: Session, ppo: PPO, evaluation_due: str | None = None) -> None:
     tensors, state = ppo.state()
+    interim = not is_on_schedule(ppo.config, ppo.iteration)
     session.save(ppo.iteration, tensors, state | {"evaluation_due": evaluation_due}, interim)
 
 
@@ -203,7 +223,7 @@ def saved_if_it_fails(session: Session, ppo: PPO, evaluation_due: str | None = N
         yield
     except EngineError:
         if ppo.iteration > 0:
-            save_state(session, ppo, interim=True, evaluation_due=evaluation_due)
+            save_state(session, ppo, evaluation_due)
         raise
 
 
@@ -212,10 +232,10 @@ def log_evaluation(
 ) -> None:
     with saved_if_it_fails(session, ppo, evaluation_due=phase):
         metrics, rows = evaluate(ppo, rewards, data.eval_prompts, data.eval_ptx, phase)
+    if rows:  # before the metrics, whose line says that the evaluation is done
+        session.log.samples(ppo.iteration, rows, name=phase)
     if metrics:
         session.log.metrics(ppo.iteration, metrics)
-    if rows:
-        session.log.samples(ppo.iteration, rows, name=phase)
 
 
 def export(session: Session, ppo: PPO) -> None:

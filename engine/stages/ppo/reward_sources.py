@@ -62,15 +62,30 @@ def load_rewards(config: PPOConfig) -> list[Reward]:
     if config.reward_model_path:
         sources.insert(0, RewardSource(source=config.reward_model_path))
     rewards = []
-    for number, source in enumerate(sources):
+    for name, source in zip(term_names(sources), sources, strict=True):
         is_function = ":" in source.source
-        name = source.source.rpartition(":" if is_function else "/")[2] or f"reward_{number}"
         model = None
         if not is_function:
             model = load_scalar(source.source, dtype=config.dtype, device=config.device)
         function = import_function(source.source) if is_function else None
         rewards.append(Reward(name, source.weight, model, function))
     return rewards
+
+
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """The last part of each source; where one repeats, the later ones are numbered: `reward`, `reward_2`."""
+    short = [
+        source.source.rpartition(":" if ":" in source.source else "/")[2] or f"reward_{number}"
+        for number, source in enumerate(sources)
+    ]
+    names: list[str] = []
+    for name in short:
+        distinct, number = name, 1
+        while distinct in names or (number > 1 and distinct in short):
+            number += 1
+            distinct = f"{name}_{number}"
+        names.append(distinct)
+    return names
 
 
 def call_function(reward: Reward, rollouts: Rollouts, timeout: float | None) -> Tensor:  # (E,)

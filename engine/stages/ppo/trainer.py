@@ -185,6 +185,7 @@ class PPO:
         learner.value_optimizer.load_state(saved.group("optimizer_value"))
         if learner.ema is not None:
             learner.ema.load_state(saved.group("ema"))
-        self.kl = replace(self.kl, beta=saved.number("kl_coef"))
+        if isinstance(self.kl, AdaptiveKL):  # a fixed one is the config's, which may have been changed
+            self.kl = replace(self.kl, beta=saved.number("kl_coef"))
         self.iteration = int(saved.number("iteration"))
         self.skipped_in_a_row = int(saved.number("skipped_in_a_row"))

@@ -106,7 +106,8 @@ def minibatches(
 ) -> Iterator[tuple[int, list[int]]]:
     """(number, prompts) of every minibatch of every inner epoch: a random split, each prompt once an epoch.
 
-    The answers to one prompt stay together, since they are computed together.
+    The answers to one prompt stay together, since they are computed together. Rollouts of fewer prompts than
+    config.num_mini_batches, which only another loop can make, give a minibatch a prompt.
     """
     number = 0
     for epoch in range(config.num_ppo_epochs):

@@ -1,0 +1,91 @@
+"""What PPO writes about itself: rewards of equal names, rates of tokens, the perplexity of a policy that diverged."""
+
+import json
+from pathlib import Path
+
+import pytest
+from run import faulty
+from small_engines import byte_tokenizer
+
+import engine
+from engine.model.weights import save_scalar, scalar_from_policy
+from engine.stages.ppo import evaluate
+from engine.stages.ppo.reward_sources import load_rewards, term_names
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> dict[str, str]:
+    return faulty.make_setting(tmp_path_factory.mktemp("records"))
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def source(text: str) -> engine.RewardSource:
+    return engine.RewardSource(source=text)
+
+
+def constant(prompts, completions, **columns):
+    return [-100.0] * len(completions)
+
+
+def test_rewards_of_equal_names_are_all_in_the_metrics(setting, tmp_path):
+    both = [source("run.faulty:constant"), source("stages.test_ppo_records:constant")]
+    engine.train_ppo(
+        faulty.ppo(setting, tmp_path / "run", rewards=both, max_steps=1, missing_eos_penalty=0.0)
+    )
+    (record,) = records(tmp_path / "run")
+    assert record["rewards/constant"] == 0.25 and record["rewards/constant_2"] == -100.0
+    assert record["objective/scores"] == -99.75
+
+
+def test_reward_models_of_equal_names_are_told_apart(setting, tmp_path):
+    folders = [tmp_path / name / "rm" for name in ("one", "two")]
+    for folder in folders:
+        model = scalar_from_policy(setting["model"], 0, "float32")
+        save_scalar(model, folder, tokenizer=byte_tokenizer())
+    config = faulty.ppo(
+        setting, tmp_path / "run", rewards=[source(str(folders[1]))], reward_model_path=str(folders[0])
+    )
+    assert [reward.name for reward in load_rewards(config)] == ["rm", "rm_2"]
+
+
+def test_a_numbered_name_takes_nobody_elses():
+    sources = [source(text) for text in ("a:r", "b:r", "c:r", "d:r_2", "e/r", "f:other")]
+    assert term_names(sources) == ["r", "r_3", "r_4", "r_2", "r_5", "other"]
+
+
+@pytest.mark.parametrize("epochs,coefficient", [(1, 2.0), (3, 2.0), (1, 0.0), (3, 0.0)])
+def test_rates_count_the_tokens_that_were_trained_on(epochs, coefficient, setting, tmp_path):
+    """Every inner epoch for the update; pretraining text only where it has a weight."""
+    engine.train_ppo(
+        faulty.ppo(
+            setting, tmp_path / "run", max_steps=1, num_ppo_epochs=epochs, ptx_coef=coefficient,
+            ptx_dataset_name=setting["text"], ptx_per_episode=0.5, ptx_length=16,
+        )
+    )  # fmt: skip
+    (record,) = records(tmp_path / "run")
+
+    def tokens(rate: str, phase: str) -> float:
+        return record[f"perf/{rate}"] * record[f"timing/{phase}"]
+
+    episodes = tokens("score_tokens_per_s", "score")
+    ptx = 2 * 16 if coefficient else 0
+    assert episodes > tokens("rollout_tokens_per_s", "rollout") > 0
+    assert tokens("update_tokens_per_s", "update") == pytest.approx(epochs * episodes + ptx)
+    assert tokens("tokens_per_s", "iteration") == pytest.approx(episodes + ptx)
+
+
+@pytest.mark.parametrize("loss", [1000.0, float("inf")])
+def test_the_perplexity_of_a_diverged_policy_is_infinite(loss, setting, tmp_path, monkeypatch):
+    """Written as every number that is not finite; the run goes on."""
+    monkeypatch.setattr(evaluate, "mean_lm_loss", lambda *_: loss)
+    engine.train_ppo(
+        faulty.ppo(setting, tmp_path / "run", max_steps=1, eval_ptx_dataset_name=setting["text"])
+    )
+    found = [r for r in records(tmp_path / "run") if "timing/evaluate" in r]
+    assert [r["step"] for r in found] == [0, 1]
+    for record in found:
+        assert record["eval/ptx_perplexity"] is None and "eval/ptx_perplexity" in record["non_finite"]
+        assert loss > 1000 or record["eval/ptx_loss"] == loss
