@@ -250,11 +250,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_model(tmp_path, other_label
 
     iterate, calls = loop.iterate, []
 
-    def die_in_the_second(session, ppo, rewards, data):
+    def die_in_the_second(session, ppo, *more):
         calls.append(ppo.iteration)
         if len(calls) == 2:
             raise Killed
-        iterate(session, ppo, rewards, data)
+        return iterate(session, ppo, *more)
 
     plan = tiny_plan(tmp_path)
     monkeypatch.setattr(loop, "iterate", die_in_the_second)

@@ -9,6 +9,7 @@ from small_engines import byte_tokenizer
 
 import engine
 from engine.model.weights import save_scalar, scalar_from_policy
+from engine.run.session import Session
 from engine.stages.ppo import evaluate
 from engine.stages.ppo.reward_sources import load_rewards, term_names
 
@@ -82,10 +83,27 @@ def test_the_perplexity_of_a_diverged_policy_is_infinite(loss, setting, tmp_path
     """Written as every number that is not finite; the run goes on."""
     monkeypatch.setattr(evaluate, "mean_lm_loss", lambda *_: loss)
     engine.train_ppo(
-        faulty.ppo(setting, tmp_path / "run", max_steps=1, eval_ptx_dataset_name=setting["text"])
+        faulty.ppo(setting, tmp_path / "run", max_steps=1, eval_ptx_dataset_name=setting["text"], ptx_length=16)
     )
     found = [r for r in records(tmp_path / "run") if "timing/evaluate" in r]
     assert [r["step"] for r in found] == [0, 1]
     for record in found:
         assert record["eval/ptx_perplexity"] is None and "eval/ptx_perplexity" in record["non_finite"]
         assert loss > 1000 or record["eval/ptx_loss"] == loss
+
+
+@pytest.mark.parametrize("logging_steps,lines", [(1, [3, 5]), (2, [4, 6]), (5, [5])])
+def test_metrics_of_a_checkpoint_wait_for_the_next_line(logging_steps, lines, setting, tmp_path, monkeypatch):
+    """Written at once here: those of iterations 2 and 4 are known of at 3 and 5, that of 6 at the end."""
+    real = Session.check
+
+    def written(session):
+        session._saver.wait()
+        return real(session)
+
+    monkeypatch.setattr(Session, "check", written)
+    config = faulty.ppo(
+        setting, tmp_path / "run", total_episodes=24, save_steps=2, logging_steps=logging_steps
+    )
+    engine.train_ppo(config)
+    assert [r["step"] for r in records(tmp_path / "run") if "timing/checkpoint_write" in r] == lines

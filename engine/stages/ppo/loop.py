@@ -69,8 +69,9 @@ def train_ppo(config: PPOConfig) -> Path:
         due = restore(session, ppo)
         if due and not is_evaluated(session, ppo.iteration):
             log_evaluation(session, ppo, rewards, data, due)
+        untold: dict[str, float] = {}
         while ppo.iteration < config.num_iterations:
-            iterate(session, ppo, rewards, data)
+            untold = iterate(session, ppo, rewards, data, untold)
             last = ppo.iteration == config.num_iterations
             if last or is_due(ppo.iteration, config.eval_steps):
                 log_evaluation(session, ppo, rewards, data, "after" if last else "during")
@@ -80,11 +81,16 @@ def train_ppo(config: PPOConfig) -> Path:
     return Path(config.output_dir)
 
 
-def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData) -> None:
-    """One iteration: draw prompts, answer, reward, train; then the metrics and a few samples."""
+def iterate(
+    session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData, untold: dict[str, float]
+) -> dict[str, float]:
+    """One iteration: draw prompts, answer, reward, train; then the metrics and a few samples.
+
+    `untold` is what no line of metrics has told yet of checkpoints written; returns that of the next iteration.
+    """
     config, iteration, began = ppo.config, ppo.iteration, time.perf_counter()
     prompts = data.draw(config.batch_size // config.num_samples, config.seed, iteration)
-    saved = session.check()
+    untold = untold | session.check()
     rollouts = ppo.rollout(prompts)
     sampled = time.perf_counter()
     with saved_if_it_fails(session, ppo):
@@ -94,7 +100,7 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
     result = ppo.advance(rollouts, reward, ptx_rows)
-    stats = result.stats | saved
+    stats = result.stats | untold
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
     ptx_tokens = sum(map(len, ptx_rows)) if config.ptx_coef > 0 else 0
     stats |= timing(rollouts, ptx_tokens, config.num_ppo_epochs, began, sampled, rewarded, stats)
@@ -111,9 +117,11 @@ def iterate(session: Session, ppo: PPO, rewards: Sequence[Reward], data: PPOData
     done = ppo.iteration
     if done % config.logging_steps == 0 or done == config.num_iterations:
         session.log.metrics(done, stats)
+        untold = {}
     if config.save_samples:
         rows = sample_rows(ppo, rollouts, reward, result.kl, done, "train", config.save_samples)
         session.log.samples(done, rows)
+    return untold
 
 
 def timing(
