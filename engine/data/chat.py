@@ -22,6 +22,22 @@ Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {"user": "Human: ", "assistant": "Assistant: ", "tool": "Tool: ", "system": ""}
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+CUE = "\n\nAssistant:"
+# What a message may say beside its content, and the names that templates have for each.
+SAYS_MORE = (("tool_calls",), ("function_call",), ("reasoning_content", "reasoning", "thinking"))
+
+# What a template's clock shows, so that a prompt is the same every day: the date Llama's own templates fall back to.
+DATE = {
+    "%a": "Fri", "%A": "Friday", "%b": "Jul", "%B": "July", "%d": "26", "%-d": "26", "%e": "26", "%F": "2024-07-26",
+    "%H": "00", "%I": "12", "%j": "208", "%m": "07", "%-m": "7", "%M": "00", "%p": "AM", "%S": "00", "%T": "00:00:00",
+    "%y": "24", "%Y": "2024",
+}  # fmt: skip
+CLOCK = (
+    "{%- macro strftime_now(format) %}{% set said = format"
+    + "".join(f" | replace({key!r}, {value!r})" for key, value in DATE.items())
+    + " %}{% if '%' in said %}{{ raise_exception('it asks for the time as ' + format) }}{% endif %}"
+    + "{{ said }}{% endmacro +%}"  # +: a line that ends here stays
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +52,21 @@ class Talk:
         """The prompt as text."""
         return self.text if self.text is not None else transcript(self.messages or ())
 
+    @property
+    def is_transcript(self) -> bool:
+        """Whether ``plain`` is made of several turns; an answer then follows ``Assistant:``."""
+        return self.text is None and len(self.messages or ()) > 1
+
 
 class TextEncoder:
     """A tokenizer with the three things data needs: prompts, answers, documents.
 
     With a chat template a prompt is the rendered talk with its generation prompt; without one it is
-    the raw text, after the beginning-of-sequence token if the tokenizer puts one. An answer is its
-    own tokens and the end-of-sequence token (the one that ends a turn in chat models); it is
-    encoded apart from the prompt, as the tokens of a sampled answer are.
+    the raw text, after the beginning-of-sequence token if the tokenizer puts one, or a talk's
+    transcript with ``Assistant:`` at its end. An answer is its own tokens and the end-of-sequence
+    token (the one that ends a turn in chat models); it is encoded apart from the prompt, as the
+    tokens of a sampled answer are. A template that asks for the date gets the 26th of July 2024,
+    whatever the day.
 
     Raises:
         DataError: the tokenizer has no end-of-sequence token.
@@ -57,6 +80,8 @@ class TextEncoder:
         self.parse_special_tokens = parse_special_tokens
         self.eos: int = tokenizer.eos_token_id
         self.has_template = bool(tokenizer.chat_template)
+        template = tokenizer.get_chat_template() if self.has_template else ""
+        self.template = CLOCK + template if "strftime_now" in template else template
         special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.control_ids = frozenset(special)
         names = sorted((t.content for t in special.values()), key=lambda s: (-len(s), s))
@@ -89,18 +114,25 @@ class TextEncoder:
         """Ids of a text that starts a sequence."""
         return [*self.lead, *self.plain(text)]
 
-    def answer(self, text: str) -> list[int]:
-        """Ids of an answer and the end-of-sequence token."""
+    def answer(self, text: str, talk: Talk | None = None) -> list[int]:
+        """Ids of an answer (to ``talk``) and the end-of-sequence token.
+
+        After a transcript's ``Assistant:`` an answer begins with white space, as it does in one.
+        """
+        if talk is not None and talk.is_transcript and not self.has_template and not text[:1].isspace():
+            text = " " + text
         return [*self.plain(text), self.eos]
 
     def prompt(self, talk: Talk) -> list[int]:
         """Ids of a prompt, ready for an answer to follow.
 
         Raises:
-            BadRow: the chat template refuses the talk.
+            BadRow: the chat template refuses the talk, or has no place for tool calls or reasoning in it.
         """
+        if talk.messages and (self.has_template or talk.text is None):
+            check_shown(talk.messages, self.template, "messages")
         if not self.has_template:
-            return self.document(talk.plain)
+            return self.document(talk.plain + CUE if talk.is_transcript else talk.plain)
         return self.chat(talk.messages or ({"role": "user", "content": talk.plain},))
 
     def chat(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[int]:
@@ -123,6 +155,7 @@ class TextEncoder:
             return str(
                 self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
+                    chat_template=self.template,
                     add_generation_prompt=generation_prompt,
                     tokenize=False,
                 )
@@ -235,6 +268,27 @@ def check_messages(value: Any, column: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def check_shown(messages: Sequence[Message], template: str, column: str) -> None:
+    """Raises:
+    BadRow: a message says more than its content, for which the template (none: "") has no place.
+    """
+    for number, message in enumerate(messages):
+        for names in SAYS_MORE:
+            given = [name for name in names if message.get(name)]
+            if given and not any(name in template for name in names):
+                reason = f"{column}[{number}]: {given[0]!r} would be lost; write it into the content as the model is to"
+                raise BadRow("more than content", f"{reason} see it, or leave the row out")
+
+
+def check_no_tools(columns: Columns) -> None:
+    """Raises:
+    BadRow: the row defines tools, which no prompt would tell of.
+    """
+    if columns.get("tools"):
+        reason = "tools: got definitions, which the prompt would not have; write them into the system message"
+        raise BadRow("tools", f"{reason}, or take the column out of the rows that need none")
+
+
 def check_prompt(columns: Columns, *names: str) -> Talk:
     """The prompt of a row: ``messages`` if it has them, else the first of ``names``.
 
@@ -242,8 +296,9 @@ def check_prompt(columns: Columns, *names: str) -> Talk:
     template the text.
 
     Raises:
-        BadRow: no prompt, an empty one, or one that ends with the assistant's turn.
+        BadRow: no prompt, an empty one, one that ends with the assistant's turn, or tools beside it.
     """
+    check_no_tools(columns)
     column = require_column(columns, *names, "messages")
     value = columns[column]
     messages: tuple[Message, ...] | None = None
@@ -277,13 +332,15 @@ def check_answer(value: Any, column: str) -> str:
     """An answer: a string, or a list of one assistant message.
 
     Raises:
-        BadRow: another type, more than one message, or nothing but white space.
+        BadRow: another type, more than one message, tool calls or reasoning beside its content, or nothing but white
+            space.
     """
     if isinstance(value, (list, tuple)):
         messages = check_messages(value, column)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = [message["role"] for message in messages]
             raise BadRow("bad messages", f"{column}: got turns {roles}, want one assistant message")
+        check_shown(messages, "", column)
         value = messages[0]["content"]
     text = check_text(value, column)
     if not text.strip():

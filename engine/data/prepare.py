@@ -282,8 +282,8 @@ def apply_pii(rows: Sequence[PromptRow], function: PIIFilter) -> list[PromptRow]
     """Run a filter for personal data over the prompts of the training split.
 
     ``function(text) -> str | None`` gets ``prompt`` and every message's content and returns the
-    text to keep (masked or as it is), or ``None`` to leave the whole row out, as an empty text does
-    too. Other columns are not looked at.
+    text to keep (masked or as it is), or ``None`` to leave the whole row out, as does a text of which
+    nothing is left. Other columns are not looked at.
 
     Raises:
         DataError: it returns something else.
@@ -298,7 +298,7 @@ def apply_pii(rows: Sequence[PromptRow], function: PIIFilter) -> list[PromptRow]
             if result is not None and not isinstance(result, str):
                 kind = type(result).__name__
                 raise DataError("PII filter", f"returned {kind}; want the text to keep or None")
-            dropped = dropped or not result
+            dropped = dropped or result is None or (not result and bool(text))
             return result or text
 
         changed = {

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.data.chat import (
+    CUE,
+    Message,
     Talk,
     TextEncoder,
     check_answer,
     check_messages,
+    check_no_tools,
     check_prompt,
     split_transcript,
 )
@@ -29,7 +32,6 @@ from engine.data.rows import (
     row_source,
 )
 
-ASSISTANT = "\n\nAssistant:"
 MAX_RANK = 2**53  # beyond it, different whole numbers are one float and would tie
 
 
@@ -61,7 +63,7 @@ def load_rankings(
 
     * ``prompt``, ``responses [K]``, ``ranks [K]``: lower is better, equal is a tie;
     * ``context``, ``completions: [{rank, completion}]`` (NeMo-RL);
-    * ``prompt``, ``chosen``, ``rejected``;
+    * ``prompt``, ``chosen``, ``rejected``: answers, or whole talks that begin with the prompt;
     * ``chosen``, ``rejected``: the prompt is their common beginning, see :func:`split_pair`.
 
     Texts are strings or lists of messages. A group whose prompt and longest answer have more than
@@ -80,7 +82,7 @@ def load_rankings(
         if encoder.has_template and has_no_prompt(row.columns):
             # Cut from running text, they begin with the white space that a turn's text has not.
             answers = tuple(answer.strip() for answer in answers)
-        responses = tuple(tuple(encoder.answer(answer)) for answer in answers)
+        responses = tuple(tuple(encoder.answer(answer, talk)) for answer in answers)
         longest = max(len(response) for response in responses)
         check_length(len(prompt) + longest, max_length, "the prompt with its longest answer")
         # So ranking_loss needs not sort them, and rows that say the same are the same group.
@@ -151,10 +153,18 @@ def check_rank(value: Any, number: int) -> float:
 
 
 def parse_pair(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float, ...]]:
-    """A pair is K = 2 with ranks (0, 1)."""
+    """A pair is K = 2 with ranks (0, 1).
+
+    Raises:
+        BadRow: an answer that is none; whole talks that do not share the prompt beside them.
+    """
     chosen, rejected = columns["chosen"], columns["rejected"]
+    check_no_tools(columns)
     if has_no_prompt(columns):
         talk, answers = split_pair(chosen, rejected)
+    elif is_whole_talk(chosen) and is_whole_talk(rejected):
+        talk, answers = split_pair(chosen, rejected)
+        check_shared(columns, talk.messages or ())
     else:
         talk, answers = check_prompt(columns, "prompt"), (chosen, rejected)
     texts = tuple(
@@ -162,6 +172,30 @@ def parse_pair(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float, ..
         for answer, column in zip(answers, ("chosen", "rejected"), strict=True)
     )
     return talk, texts, (0.0, 1.0)
+
+
+def is_whole_talk(value: Any) -> bool:
+    """Whether it is a list of messages that begins with a prompt's, as those of HuggingFaceH4's pairs do."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else None
+    return isinstance(first, Mapping) and first.get("role") in ("system", "user")
+
+
+def check_shared(columns: Columns, shared: Sequence[Message]) -> None:
+    """Raises:
+    BadRow: the row's own prompt is not in the turns that both talks share.
+    """
+    column = require_column(columns, "prompt", "context", "messages")
+    given = columns[column]
+    if column == "messages":  # H4's have the chosen talk there
+        is_there = common_length(check_messages(given, column), shared) == len(shared)
+    elif isinstance(given, str):
+        is_there = any(message["content"].strip() == given.strip() for message in shared)
+    else:
+        talk = check_messages(given, column)
+        is_there = common_length(talk, shared) == len(talk)
+    if not is_there:
+        reason = f"{column}: is not among the {len(shared)} turns that chosen and rejected begin with"
+        raise BadRow("no common prompt", f"{reason}; want whole talks after that prompt, or answers alone")
 
 
 def has_no_prompt(columns: Columns) -> bool:
@@ -195,9 +229,9 @@ def split_pair(chosen: Any, rejected: Any) -> tuple[Talk, tuple[Any, Any]]:
     common = first_text[: common_length(first_text, second_text)]
     if first_text == second_text:
         raise BadRow("no common prompt", "chosen and rejected are equal")
-    turn = common.rfind(ASSISTANT)
+    turn = common.rfind(CUE)
     if turn >= 0:
-        cut = turn + len(ASSISTANT)
+        cut = turn + len(CUE)
         messages = split_transcript(common[:cut])
     else:
         cut, messages = last_boundary(common, first_text, second_text), None

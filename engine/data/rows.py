@@ -6,6 +6,7 @@ dropped without a count.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
@@ -13,7 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fractions import Fraction
 from math import floor, isfinite
 from pathlib import Path
@@ -30,9 +30,11 @@ BadRows = Literal["error", "skip"]
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_LINES, ".parquet")
 SPLIT_NAMES = ("train", "validation", "valid", "val", "eval", "test", "dev")
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no rows in it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 EXAMPLES_SHOWN = 5
 LINE_BYTES = 2**26  # a longer line is no row; a file without line ends must not fill the memory
+ARRAY_BYTES = 2**30  # a larger array is not read whole
 
 
 @dataclass(frozen=True)
@@ -118,35 +120,6 @@ class Dataset(Sequence[T], Generic[T]):
         return self.items[index]
 
 
-def as_source(value: DataSource | str | Mapping[str, Any]) -> DataSource:
-    """A source from a path, or from a mapping as mixtures in YAML have it.
-
-    A mapping has ``path`` (or ``name`` alone), ``split``, ``weight`` (or ``fraction``), and beside
-    ``path`` the configuration as ``name`` (or ``config``).
-    """
-    if isinstance(value, DataSource):
-        return value
-    if isinstance(value, str):
-        return DataSource(value)
-    known = ("path", "name", "config", "split", "weight", "fraction")
-    for key in value:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError("data source", f"unknown key {key!r}, want some of {known}{hint}")
-    given = dict(value)
-    if "path" not in given and "name" in given:
-        given["path"] = given.pop("name")
-    for key, other in (("name", "config"), ("weight", "fraction")):
-        if other in given:
-            if key in given:
-                raise DataError("data source", f"got both {key!r} and {other!r}; give one")
-            given[key] = given.pop(other)
-    if not isinstance(given.get("path"), str) or not given["path"]:
-        raise DataError("data source", f"got {dict(value)!r} without 'path' or 'name'")
-    return DataSource(**given)
-
-
 def collect(
     sources: Sequence[DataSource | str],
     parse: Callable[[Row], T],
@@ -160,11 +133,12 @@ def collect(
     """
     if bad_rows not in ("error", "skip"):
         raise DataError("bad_rows", f"got {bad_rows!r}; want 'error' or 'skip'")
+    given = [DataSource(source) if isinstance(source, str) else source for source in sources]
     items: list[T] = []
     skipped: Counter[str] = Counter()
     examples: list[str] = []
     read = not_drawn = 0
-    for source in map(as_source, sources):
+    for source in given:
         weight = Fraction(source.weight).limit_denominator(10**6)
         for number, row in enumerate(read_rows(source)):
             read += 1
@@ -184,7 +158,7 @@ def collect(
                     examples.append(f"{row.where}: {bad}")
     report = Report(read, len(items), dict(skipped), not_drawn, truncated(), tuple(examples))
     if not items:
-        where = ", ".join(as_source(source).path for source in sources) or "data"
+        where = ", ".join(source.path for source in given) or "data"
         raise DataError(where, "no usable row\n" + "\n".join(report.lines()), "no rows")
     return Dataset(tuple(items), report)
 
@@ -212,8 +186,10 @@ def looks_local(path: str) -> bool:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a JSON-lines or parquet file."""
-    if path.name.endswith(JSON_LINES):
+    """The rows of a JSON-lines or parquet file, or of a file with one JSON array."""
+    if path.suffix == ".json" and is_array(path):
+        yield from read_json_array(path)
+    elif path.name.endswith(JSON_LINES):
         yield from read_json_lines(path)
     elif path.suffix == ".parquet":
         yield from read_parquet(path)
@@ -237,6 +213,8 @@ def read_json_lines(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}:{number}", reason, "broken file") from error
             if not line:
                 return
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if len(line) > LINE_BYTES:
                 bad = BadRow("broken line", f"it has more than {LINE_BYTES} bytes")
                 yield Row(f"{path}:{number}", source_label(path), {}, bad)
@@ -250,15 +228,43 @@ def open_binary(path: Path) -> BinaryIO:
 
 def parse_line(line: bytes, where: str, source: str) -> Row:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return Row(where, source, {}, BadRow("broken line", f"not UTF-8: {error}"))
     except (ValueError, RecursionError) as error:
         return Row(where, source, {}, BadRow("broken line", f"not JSON: {error}"))
+    return row_of(value, "the line", where, source)
+
+
+def row_of(value: Any, what: str, where: str, source: str) -> Row:
     if not isinstance(value, dict):
-        reason = f"the line holds a {type(value).__name__}; want an object {{column: value}}"
+        reason = f"{what} holds a {type(value).__name__}; want an object {{column: value}}"
         return Row(where, source, {}, BadRow("broken line", reason))
     return Row(where, source, value)
+
+
+def is_array(path: Path) -> bool:
+    """Whether the file begins as a JSON array does: a line of JSON lines is an object."""
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def read_json_array(path: Path) -> Iterator[Row]:
+    """The objects of a file that is one array of them.
+
+    Raises:
+        DataError: it is not JSON, or too large to be read whole.
+    """
+    if path.stat().st_size > ARRAY_BYTES:
+        reason = f"one JSON array of more than {ARRAY_BYTES} bytes; write JSON lines, an object a line"
+        raise DataError(str(path), reason, "broken file")
+    try:
+        items = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = f"begins as one JSON array, but is none: {error}; want an array of objects, or an object a line"
+        raise DataError(str(path), reason, "broken file") from error
+    for number, item in enumerate(items, start=1):
+        yield row_of(item, "the item", f"{path}:item {number}", source_label(path))
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -280,7 +286,10 @@ def read_folder(folder: Path, source: DataSource) -> Iterator[Row]:
     """A folder of data files, or one that ``datasets`` saved.
 
     Files whose name (or folder below ``folder``) names the split are read, sorted by path; if no
-    file names any split, all of them are the train split.
+    file names any split, all of them are the train split. Hidden files and folders are nobody's data.
+
+    Raises:
+        DataError: no data file, none of the split, or one that names no split where others do.
     """
     if is_saved(folder):
         splits_there = split_names(folder)
@@ -289,8 +298,7 @@ def read_folder(folder: Path, source: DataSource) -> Iterator[Row]:
         rows = read_saved(folder if splits_there is None else folder / source.split)
         yield from number_rows(rows, f"{folder}[{source.split}]", folder.name)
         return
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-    if not files:
+    if not (files := data_files(folder)):
         raise DataError(str(folder), f"no data files in this folder; want {', '.join(SUFFIXES)}")
     splits = {path: splits_of(path.relative_to(folder)) for path in files}
     named = set().union(*splits.values())
@@ -299,8 +307,17 @@ def read_folder(folder: Path, source: DataSource) -> Iterator[Row]:
         chosen = files
     if not chosen:
         raise no_split(str(folder), source.split, sorted(named) or ["train"])
+    if named and (unnamed := [path for path in files if not splits[path]]):
+        reason = f"names no split, but other files of {folder} do ({', '.join(sorted(named))})"
+        raise DataError(str(unnamed[0]), f"{reason}; rename it, move it out, or give the files one by one", "no split")
     for path in chosen:
         yield from read_file(path)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files below ``folder`` that may hold rows, sorted by path."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.name not in METADATA)
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def splits_of(path: Path) -> set[str]:
@@ -316,10 +333,11 @@ def no_split(where: str, split: str, known: Sequence[str]) -> DataError:
 def read_hub(source: DataSource) -> Iterator[Row]:
     """A data set of the hub. Repositories that need their own code are refused."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded = load_dataset(source.path, source.name, split=source.split)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, DatasetsError) as error:
         hint = "give a file or folder that exists, or a hub id with its split and configuration"
         raise DataError(source.path, f"cannot be loaded from the hub ({error}); {hint}") from error
     where = f"{source.path}[{source.split}]"

@@ -96,7 +96,7 @@ def encode_demonstration(encoder: TextEncoder, columns: Columns) -> tuple[list[i
     form = require_column(columns, "completion", "messages", "text")
     if form == "completion":
         talk = check_prompt(columns, "prompt")
-        response = encoder.answer(check_answer(columns["completion"], "completion"))
+        response = encoder.answer(check_answer(columns["completion"], "completion"), talk)
         return encoder.prompt(talk), response
     if form == "text":
         text = check_text(columns["text"], "text")
@@ -108,8 +108,8 @@ def encode_demonstration(encoder: TextEncoder, columns: Columns) -> tuple[list[i
         reason = "messages: want a talk that ends with the assistant's answer to a prompt"
         raise BadRow("bad messages", f"{reason}; got {[m['role'] for m in messages]}")
     answer = check_answer([messages[-1]], "messages")
-    talk = check_prompt({"messages": messages[:-1]}, "messages")
-    return encoder.prompt(talk), encoder.answer(answer)
+    talk = check_prompt({"messages": messages[:-1], "tools": columns.get("tools")}, "messages")
+    return encoder.prompt(talk), encoder.answer(answer, talk)
 
 
 @dataclass(frozen=True)

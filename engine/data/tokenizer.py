@@ -23,7 +23,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer  # takes a second to import
 
     try:
-        config = _named_config(Path(folder))
+        folder = Path(folder).expanduser()
+        config = _named_config(folder)
         return AutoTokenizer.from_pretrained(str(folder), config=config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain ones for an odd file
         raise ModelError(

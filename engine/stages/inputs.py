@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +290,15 @@ def identities(config: RunConfig, data: SFTData | RMData | PPOData) -> dict[str,
             shape = " x ".join(map(str, value.table.shape))
             found[f"data.{part.name}"] = f"{shape} tokens ({digest([value.table.tobytes()])})"
         elif value is not None and part.name != "reports":
-            found[f"data.{part.name}"] = rows_identity(value)
+            found[f"data.{part.name}"] = rows_identity([nameless(row) for row in value])
     for name, path in model_folders(config):
         found[f"model.{name}"] = folder_identity(resolve_folder(path))
     return found
+
+
+def nameless(row: Any) -> Any:
+    """A row without the name of the file that it is from: no result depends on that, and a file may be renamed."""
+    return replace(row, source="") if is_dataclass(row) and not isinstance(row, type) else row
 
 
 def check_vocabulary(

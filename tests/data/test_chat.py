@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from engine.data.chat import (
     Talk,
     TextEncoder,
+    check_answer,
     check_messages,
     check_prompt,
     split_transcript,
@@ -141,3 +142,75 @@ def test_a_tokenizer_without_an_end_is_refused(raw_tokenizer) -> None:
     tokenizer = raw_tokenizer.__class__(tokenizer_object=raw_tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match="no end-of-sequence token"):
         TextEncoder(tokenizer)
+
+
+def dated(tokenizer, template: str):
+    made = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("\nIt is {{ strftime_now('%d %b %Y') }}.{{ messages[0]['content'] }}", "\nIt is 26 Jul 2024.Why not?"),
+        ("{%- set now = strftime_now('%A %-d %B, %y') -%}  {{ now }}", "Friday 26 July, 24"),
+        ("{% macro day() %}{{ strftime_now('%F %H:%M') }}{% endmacro %}{{ day() }}", "2024-07-26 00:00"),
+        (
+            "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+            "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+            "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n\nHi",
+            "Today Date: 26 Jul 2024\n\nHi",
+        ),
+    ],
+)
+def test_a_prompt_is_the_same_every_day(chat_tokenizer, template, text) -> None:
+    """Templates that ask for the date: the last one as Llama's."""
+    encoder = TextEncoder(dated(chat_tokenizer, template))
+    assert chat_tokenizer.decode(encoder.prompt(Talk("Why not?"))) == text
+
+
+def test_a_format_of_time_that_is_not_known_is_refused(chat_tokenizer) -> None:
+    encoder = TextEncoder(dated(chat_tokenizer, "{{ strftime_now('%d %s') }}"))
+    with pytest.raises(BadRow, match="asks for the time as %d %s"):
+        encoder.prompt(Talk("Why not?"))
+
+
+def test_a_talk_without_a_template_ends_with_the_assistants_cue(raw_tokenizer) -> None:
+    encoder = TextEncoder(raw_tokenizer)
+    talk = Talk(None, (USER, ASSISTANT, USER))
+    text = "Human: Why not?\n\nAssistant: The cat sat.\n\nHuman: Why not?\n\nAssistant:"
+    assert raw_tokenizer.decode(encoder.prompt(talk)) == text
+    assert encoder.answer("No", talk) == encoder.answer(" No", talk) == encoder.answer(" No")
+    assert raw_tokenizer.decode(encoder.prompt(Talk(None, (USER,)))) == "Why not?"
+    assert encoder.answer("No", Talk(None, (USER,))) == encoder.answer("No")
+
+
+def test_a_template_needs_no_white_space_before_an_answer(chat_tokenizer) -> None:
+    encoder = TextEncoder(chat_tokenizer)
+    assert encoder.answer("No", Talk(None, (USER, ASSISTANT, USER))) == encoder.answer("No")
+
+
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+THINKS = {**ASSISTANT, "reasoning": "Cats sit."}
+
+
+@pytest.mark.parametrize(("message", "key"), [(CALLS, "tool_calls"), (THINKS, "reasoning")])
+def test_what_a_message_says_beside_its_content_is_not_lost(chat_tokenizer, raw_tokenizer, message, key) -> None:
+    talk = Talk(None, (USER, message, USER))
+    for tokenizer in (chat_tokenizer, raw_tokenizer):
+        with pytest.raises(BadRow, match=rf"messages\[1\]: '{key}' would be lost"):
+            TextEncoder(tokenizer).prompt(talk)
+    with pytest.raises(BadRow, match=rf"completion\[0\]: '{key}' would be lost"):
+        check_answer([message], "completion")
+    template = chat_tokenizer.chat_template.replace("'] | trim", "'] + (message.tool_calls or '') | string")
+    shown = TextEncoder(dated(chat_tokenizer, template.replace("tool_calls", key)))
+    assert len(shown.prompt(talk)) > len(shown.prompt(Talk(None, (USER, {**message, key: None}, USER))))
+    both = Talk("The cat sat", talk.messages)
+    assert TextEncoder(raw_tokenizer).prompt(both) == raw_tokenizer("The cat sat")["input_ids"]
+
+
+def test_tools_that_no_prompt_would_tell_of_are_refused() -> None:
+    with pytest.raises(BadRow, match="tools: got definitions"):
+        check_prompt({"prompt": "a", "tools": [{"name": "f"}]}, "prompt")
+    assert check_prompt({"prompt": "a", "tools": []}, "prompt") == Talk("a")

@@ -96,12 +96,13 @@ def test_personal_data_is_masked_or_dropped_in_prompt_and_messages() -> None:
     def mask(text: str) -> str | None:
         return None if "secret" in text else text.replace("Ann", "NAME")
 
-    talk = [{"role": "user", "content": "I am Ann"}]
-    rows = [row("Ann?", note="Ann"), row("a secret"), row("x", messages=talk), row("")]
+    talk = [{"role": "system", "content": ""}, {"role": "user", "content": "I am Ann"}]
+    rows = [row("Ann?", note="Ann"), row("a secret"), row("x", messages=talk)]
     cleaned = apply_pii(rows, mask)
     assert [r.columns["prompt"] for r in cleaned] == ["NAME?", "x"]
     assert cleaned[0].columns["note"] == "Ann" and cleaned[0].talk.plain == "NAME?"
-    assert cleaned[1].talk.messages == ({"role": "user", "content": "I am NAME"},)
+    assert cleaned[1].talk.messages == (talk[0], {"role": "user", "content": "I am NAME"})
+    assert [r.columns["prompt"] for r in apply_pii(rows, lambda text: text.strip("x"))] == ["Ann?", "a secret"]
     with pytest.raises(DataError, match="PII filter: returned int"):
         apply_pii(rows, lambda text: 3)  # type: ignore[arg-type, return-value]
 

@@ -144,3 +144,38 @@ def test_message_lists_that_part_after_an_answer_are_refused() -> None:
     shared = [USER, says("a")]
     with pytest.raises(BadRow, match="part after an assistant's turn"):
         split_pair([*shared, USER, says("b")], [*shared, says("c")])
+
+
+def test_whole_talks_beside_their_prompt(write, chat_tokenizer) -> None:
+    """The layout of HuggingFaceH4's pairs; `messages` are the chosen talk."""
+    system = {"role": "system", "content": "Be kind"}
+    plain = {"prompt": [USER], "chosen": "four", "rejected": "five"}
+    chosen, rejected = [USER, says("four")], [USER, says("five")]
+    pair = {"chosen": chosen, "rejected": rejected, "score_chosen": 8.0}
+    rows = [plain, {**pair, "prompt": "Why not?", "messages": chosen}, {**pair, "prompt": [USER]}, pair]
+    data = load_rankings([write(*rows)], chat_tokenizer)
+    assert len(set(data.items)) == 1 and len(data) == 4
+    longer = {"prompt": "Why not?", "chosen": [system, *chosen], "rejected": [system, *rejected]}
+    (group,) = load_rankings([write(longer)], chat_tokenizer)
+    assert group.prompt == tuple(TextEncoder(chat_tokenizer).prompt(Talk(None, (system, USER))))
+
+
+@pytest.mark.parametrize("prompt", ["Why so?", [USER, says("a"), USER]])
+def test_whole_talks_of_another_prompt_are_refused(write, chat_tokenizer, prompt) -> None:
+    row = {"prompt": prompt, "chosen": [USER, says("four")], "rejected": [USER, says("five")]}
+    with pytest.raises(DataError, match="prompt: is not among the 1 turns that chosen and rejected begin with"):
+        load_rankings([write(row)], chat_tokenizer)
+
+
+def test_a_talk_is_the_same_to_a_model_without_a_template(write, raw_tokenizer) -> None:
+    """In messages and as the transcript of hh-rlhf, but for the white space that this one begins with."""
+    talk = [USER, says("four"), USER]
+    text = "Human: Why not?\n\nAssistant: four\n\nHuman: Why not?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{text} yes", "rejected": f"{text} no"},
+        {"chosen": [*talk, says("yes")], "rejected": [*talk, says("no")]},
+        {"prompt": talk, "chosen": [says("yes")], "rejected": " no"},
+        {"messages": talk, "responses": ["no", " yes"], "ranks": [1, 0]},
+    ]
+    data = load_rankings([write(*rows)], raw_tokenizer)
+    assert len(set(data.items)) == 1 and len(data) == 4

@@ -1,14 +1,16 @@
 """Reading files, mixtures, and what is said about rows that cannot be used."""
 
+import codecs
 import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
 from engine.data.prompts import load_prompts
-from engine.data.rows import DataSource, Row, as_source, collect, read_rows
+from engine.data.rows import DataSource, Row, collect, read_rows
 from engine.errors import DataError
 
 
@@ -37,10 +39,10 @@ def test_folders_are_read_by_split(tmp_path: Path, write: Callable[..., str]) ->
     write({"n": 2}, name="data/train-00001-of-00002.jsonl")
     write({"n": 1}, name="data/train-00000-of-00002.jsonl")
     write({"n": 3}, name="data/test.jsonl")
-    write({"n": 9}, name="constraint.jsonl")  # holds "train" inside a word: names no split
+    write({"n": 4}, name="constraint-test.jsonl")  # holds "train" inside a word
     folder = str(tmp_path)
     assert [r.columns["n"] for r in read_rows(DataSource(folder))] == [1, 2]
-    assert [r.columns["n"] for r in read_rows(DataSource(folder, split="test"))] == [3]
+    assert [r.columns["n"] for r in read_rows(DataSource(folder, split="test"))] == [4, 3]
     with pytest.raises(DataError, match="no split 'dev'; there are test, train"):
         list(read_rows(DataSource(folder, split="dev")))
 
@@ -121,16 +123,7 @@ def test_mixtures_keep_their_order_and_count_together(write) -> None:
     assert data.report.lines() == ["3 rows read, 2 kept", "  left out by mixture weight: 1"]
 
 
-def test_sources_from_mappings() -> None:
-    got = as_source({"name": "org/set", "config": "small", "split": "test", "fraction": 0.5})
-    assert got == DataSource("org/set", "test", "small", 0.5)
-    assert as_source({"path": "a.jsonl", "name": "x"}) == DataSource("a.jsonl", name="x")
-    with pytest.raises(DataError, match="did you mean 'weight'"):
-        as_source({"path": "a", "wieght": 1})
-    with pytest.raises(DataError, match="without 'path'"):
-        as_source({"split": "train"})
-    with pytest.raises(DataError, match="both 'weight' and 'fraction'"):
-        as_source({"path": "a", "weight": 1, "fraction": 1})
+def test_a_weight_is_a_finite_number_above_0() -> None:
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DataError, match="weight: got"):
             DataSource("a", weight=weight)
@@ -192,3 +185,57 @@ def test_lines_are_read_one_by_one(write) -> None:
     assert next(rows).columns == {"n": 1}
     Path(path).unlink()  # the rest comes from the open file, nothing was read ahead by us
     assert next(rows).problem is not None
+
+
+def test_hidden_files_are_nobodys_data(tmp_path: Path) -> None:
+    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl", ".cache/deep/b.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"from": name}) + "\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [row.columns for row in read_rows(DataSource(str(tmp_path)))] == [{"from": "a.jsonl"}]
+
+
+def test_a_file_without_a_split_beside_those_with_one_is_an_error(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text('{"n": 1}\n')
+    with pytest.raises(DataError, match=r"more.jsonl: names no split, but other files of .* do \(test, train\)"):
+        list(read_rows(DataSource(str(tmp_path))))
+    (tmp_path / "more.jsonl").unlink()
+    assert [row.where for row in read_rows(DataSource(str(tmp_path)))] == [f"{tmp_path / 'train.jsonl'}:1"]
+
+
+def test_one_array_is_its_objects(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "alpaca.json"
+    path.write_bytes(codecs.BOM_UTF8 + b' \n[{"n": 1},\n {"n": 2}, 3]')
+    rows = list(read_rows(DataSource(str(path))))
+    assert [(row.where, row.columns) for row in rows[:2]] == [
+        (f"{path}:item 1", {"n": 1}),
+        (f"{path}:item 2", {"n": 2}),
+    ]
+    assert "the item holds a int" in str(rows[2].problem)
+    path.write_text('[{"n": 1}, ')
+    with pytest.raises(DataError, match="begins as one JSON array, but is none"):
+        list(read_rows(DataSource(str(path))))
+    monkeypatch.setattr("engine.data.rows.ARRAY_BYTES", 4)
+    with pytest.raises(DataError, match="more than 4 bytes; write JSON lines"):
+        list(read_rows(DataSource(str(path))))
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    assert len(list(read_rows(DataSource(str(path))))) == 2
+
+
+def test_a_first_line_that_only_marks_the_order_of_bytes_is_blank(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'\n{"n": 1}\n')
+    (tmp_path / "b.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"n": 1}\n')
+    for name, line in (("a", 2), ("b", 1)):
+        rows = list(read_rows(DataSource(str(tmp_path / f"{name}.jsonl"))))
+        assert [(row.where, row.columns) for row in rows] == [(f"{tmp_path}/{name}.jsonl:{line}", {"n": 1})]
+
+
+@pytest.mark.parametrize("name", ["DatasetGenerationError", "DataFilesNotFoundError", "DatasetNotFoundError"])
+def test_errors_of_the_hub_are_messages(monkeypatch, name) -> None:
+    def refuses(*_, **__):
+        raise getattr(datasets.exceptions, name)("nothing there")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuses)
+    with pytest.raises(DataError, match=r"org/set: cannot be loaded from the hub \(nothing there\)"):
+        list(read_rows(DataSource("org/set")))

@@ -73,3 +73,9 @@ def test_a_folder_without_one_is_an_error_and_remote_code_is_not_run(tmp_path, f
     (folders["gpt2"] / "own.py").write_text("raise SystemExit('remote code ran')")
     theirs = AutoTokenizer.from_pretrained(folders["gpt2"], trust_remote_code=False)
     assert type(load_tokenizer(folders["gpt2"])) is type(theirs)
+
+
+def test_a_folder_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tiny("llama", tmp_path / "model")
+    assert load_tokenizer("~/model").eos_token_id == load_tokenizer(tmp_path / "model").eos_token_id

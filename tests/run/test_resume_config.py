@@ -72,7 +72,7 @@ def test_a_data_set_that_shrank_or_changed_is_refused(setting, tmp_path):
     path.write_text("".join(rows[1:] + rows[:1]))  # as many, in another order
     with pytest.raises(CheckpointError, match=r"data\.train: was"):
         engine.train_sft(going_on(config))
-    elsewhere = tmp_path / "elsewhere" / path.name
+    elsewhere = tmp_path / "elsewhere" / "of_another_name.jsonl"
     elsewhere.parent.mkdir()
     elsewhere.write_text("".join(rows))
     engine.train_sft(going_on(config, dataset_name=str(elsewhere)))  # moved, not changed
