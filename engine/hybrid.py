@@ -11,12 +11,14 @@ samples from, once ``refresh`` has remade the compute copy from the masters.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,26 @@ class Completion(Generated):
     """A sampled sequence with its text (special tokens left out)."""
 
     text: str
+
+
+def is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def token_ids(given: object, wanted: str = "a flat list of token ids") -> list[int]:
+    """Whole numbers, of Python, numpy or torch, as a list of int.
+
+    Raises:
+        ConfigError: something else than `wanted`.
+    """
+    values = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    items = list(cast(Sequence[object], values)) if is_list(values) else None
+    try:
+        if items is None or any(isinstance(item, bool) for item in items):
+            raise TypeError
+        return [operator.index(item) for item in items]  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"got {repr(given)[:60]}, want {wanted}") from None
 
 
 class HybridEngine:
@@ -126,10 +148,11 @@ class HybridEngine:
         are plain text.
 
         Raises:
-            ConfigError: no prompt, an empty one, or a talk that the template refuses.
+            ConfigError: none of these, an empty text, or a talk that the template refuses.
         """
-        if not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], Mapping)):
-            return [int(token) for token in cast(Sequence[int], prompt)]
+        if not isinstance(prompt, str) and not (is_list(prompt) and prompt and isinstance(prompt[0], Mapping)):
+            kinds = "text, a list of messages, or a flat list of token ids"
+            return token_ids(prompt, f"for a prompt {kinds} (and of prompts a list, [prompt] for one)")
         try:
             talk = check_prompt({"prompt": prompt}, "prompt")
             return TextEncoder(self.tokenizer).prompt(talk)
@@ -163,8 +186,9 @@ class HybridEngine:
                 or the cache.
         """
         settings = Sampling(max_new_tokens, temperature, top_k, top_p, greedy)
-        if isinstance(prompts, str):
-            raise ConfigError("prompts: got one string; give a list of prompts, [prompt] for one")
+        if not is_list(prompts) and not isinstance(prompts, Tensor | np.ndarray):
+            got = "one string" if isinstance(prompts, str) else type(prompts).__name__
+            raise ConfigError(f"prompts: got {got}; give a list of prompts, [prompt] for one")
         results = generate(
             self.model,
             [self.encode(prompt) for prompt in prompts],
@@ -175,6 +199,8 @@ class HybridEngine:
             episode_ids,
             self.limits,
         )
+        if not results:  # of which batch_decode makes a text
+            return []
         texts = self.tokenizer.batch_decode([r.tokens for r in results], skip_special_tokens=True)
         return [Completion(**vars(r), text=text) for r, text in zip(results, texts, strict=True)]
 
@@ -199,9 +225,10 @@ class HybridEngine:
         again.
 
         Raises:
-            ConfigError: a sequence without tokens, or longer than the context.
+            ConfigError: a sequence without tokens, or longer than the context, or no list of token ids.
             ModelError: a token outside the vocabulary.
         """
+        sequences = [token_ids(sequence) for sequence in sequences]
         self._check(sequences)
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         for chosen in cut_by_tokens([len(s) for s in sequences], self.score_tokens):

@@ -33,6 +33,8 @@ PAPER = {"1.3B": (24, 2048, 16), "6B": (32, 4096, 32), "175B": (96, 12288, 96)} 
 GPU = torch.device("cuda")
 STORAGE = torch.bfloat16
 EPISODES, MINIBATCHES, PTX_PER_EPISODE = 512, 8, 8  # paper C.4
+POSITIVE = ("gpus", "gpu_memory", "replicate", "micro_batch_tokens", "kv_cache_gb", "episode_tokens", "ptx_length",
+            "link_gb_s")  # fmt: skip
 EXIT_CANNOT = 2
 
 
@@ -146,8 +148,15 @@ def sent_lines(models: PPOModels, machine: Machine, options: argparse.Namespace)
 
 
 def plan(options: argparse.Namespace) -> list[str]:
-    """The plan's lines."""
-    if min(options.gpus, options.replicate) < 1 or options.gpus % options.replicate:
+    """The plan's lines.
+
+    Raises:
+        EngineError: a number that is not above 0, no such model, copies that do not divide the GPUs.
+    """
+    for name in POSITIVE:
+        if not 0 < getattr(options, name) < math.inf:  # false for nan too
+            raise EngineError(f"{name}: got {getattr(options, name)}, want a finite number above 0")
+    if options.gpus % options.replicate:
         raise EngineError(f"gpus: got {options.gpus} with --replicate {options.replicate}, want a multiple of it")
     machine = machine_of(options.gpus, options.replicate, options.gpu_memory)
     judged = described(options.reward_model, "score")

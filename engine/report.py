@@ -36,9 +36,12 @@ MAX_TIME_CURVES = 4
 
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
     """Write the report of the runs and return its path (default: report.html in the run's folder,
-    or here for several runs). Raises `EngineError` for a folder without metrics."""
+    or here for several runs). Raises `EngineError` for a folder without metrics, and for an output that is a folder;
+    `OSError` where it cannot be written."""
     if not folders:
         raise EngineError("report: got no run folder, want at least one")
+    if output is not None and Path(output).is_dir():
+        raise EngineError(f"output: got {output}, which is a folder; want the file to write")
     runs = read_runs(folders)
     path = Path(output) if output is not None else _default_output(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +128,7 @@ def _default_output(runs: Sequence[Run]) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with a sentence on stderr when there is nothing to report."""
+    """Exit code 0, or 2 with a sentence on stderr when there is nothing to report, or no place for it."""
     parser = argparse.ArgumentParser(prog="python -m engine.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of an engine.train run")
     parser.add_argument(
@@ -134,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         path = write_report(given.runs, given.output)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         print(f"engine.report: {error}", file=sys.stderr)
         return 2
     print(path)

@@ -11,7 +11,6 @@ A row of the file (JSON lines): ``prompt`` (text or messages), ``responses`` [K]
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -144,6 +143,16 @@ def ranked(
     return {**result, "scores": values, "ranks": ranks_of(values, tie_margin)}
 
 
+def as_sampled(engine: HybridEngine, prompt: Prompt) -> str | list[dict[str, Any]]:
+    """What was answered: the messages, or where a row has a text beside them and the model no template, the text."""
+    from engine.data.chat import transcript
+
+    messages = prompt.messages
+    if messages is None or not (engine.tokenizer.chat_template or prompt.text == transcript(messages)):
+        return prompt.text
+    return [dict(message) for message in messages]
+
+
 def candidate_rows(
     engine: HybridEngine, prompts: Sequence[Prompt], first: int, config: SampleConfig
 ) -> list[dict[str, Any]]:
@@ -165,9 +174,8 @@ def candidate_rows(
     rows = []
     for index, prompt in enumerate(prompts):
         samples = out[index * count : (index + 1) * count]
-        talk = prompt.messages and [dict(message) for message in prompt.messages]
         own = {
-            "prompt": talk or prompt.text,
+            "prompt": as_sampled(engine, prompt),
             "responses": [sample.text for sample in samples],
             "tokens": [sample.tokens for sample in samples],
             "logprobs": [sample.logprobs.tolist() for sample in samples],
@@ -187,22 +195,13 @@ def score_rows(
     """The scorer's value of every completion, by row: one call with TRL's signature.
 
     Raises:
-        ConfigError: a number of values other than that of the completions, or one not finite.
+        EngineError: it raised, or gave something else than a finite number or None for each.
     """
+    from engine.stages.ppo.reward_sources import call_function
+
     pairs = [(p, text) for p, row in zip(prompts, rows, strict=True) for text in row["responses"]]
-    names = sorted({name for prompt in prompts for name in prompt.columns})
-    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
-    texts, completions = [prompt.text for prompt, _ in pairs], [text for _, text in pairs]
-    values = list(function(prompts=texts, completions=completions, **columns))
-    if len(values) != len(pairs):
-        raise ConfigError(
-            f"rank_with: got {len(values)} values for {len(pairs)} completions; return one each, "
-            "None where there is no score"
-        )
-    for value in values:
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"rank_with: got {value}; return finite numbers or None")
-    left = iter(values)
+    values = call_function("rank_with", function, [p for p, _ in pairs], [text for _, text in pairs])
+    left = iter([None if math.isnan(value) else value for value in values.tolist()])
     return [[next(left) for _ in row["responses"]] for row in rows]
 
 
@@ -211,14 +210,19 @@ def sample(config: SampleConfig) -> Path:
 
     Raises:
         EngineError: a broken row of prompts, a scorer or a model that cannot be used.
+        OSError: the output cannot be written; a folder is found to be none before anything else.
     """
-    from engine.data.prompts import load_prompts
+    from engine.data.prompts import load_prompts, not_for_rewards
     from engine.data.rows import DataSource
     from engine.generate.scheduler import Limits
     from engine.hybrid import HybridEngine
     from engine.run.session import set_threads
     from engine.stages.ppo.reward_sources import import_function
 
+    output = Path(config.output)
+    if output.is_dir():
+        raise ConfigError(f"output: got {output}, which is a folder; want the file to write")
+    output.parent.mkdir(parents=True, exist_ok=True)
     set_threads(config.threads)
     function = import_function(config.rank_with) if config.rank_with else None
     limits = Limits(config.max_active, config.kv_cache_gb)
@@ -239,11 +243,13 @@ def sample(config: SampleConfig) -> Path:
     replaced = sorted({name for prompt in prompts for name in prompt.columns} & RESERVED)
     if replaced:
         tell(f"columns of the prompts that the file's own replace: {', '.join(replaced)}")
+    for line in not_for_rewards(prompts) if function else ():
+        tell(line)
     left_out: Counter[str] = Counter()
-    write_lines(Path(config.output), all_rows(engine, prompts, function, config, left_out))
+    write_lines(output, all_rows(engine, prompts, function, config, left_out))
     for reason, number in sorted(left_out.items()):
         tell(f"left out, {reason}: {number}")
-    return Path(config.output)
+    return output
 
 
 def all_rows(
@@ -272,11 +278,12 @@ def all_rows(
 
 def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """Write rows as JSON lines beside ``path`` and move them there at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from engine.data.prepare import json_line
+
     aside = path.with_name(path.name + ".partial")
     with aside.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_line(row))
             file.flush()
     os.replace(aside, path)
 
@@ -298,7 +305,7 @@ def parse(argv: Sequence[str] | None = None) -> SampleConfig:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(SampleConfig)
-    values = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
+    values = parser.instantiate(parser.parse_args(argv)).as_dict()
     return SampleConfig(**{key: value for key, value in values.items() if key != "config"})
 
 
@@ -314,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settle_machine(cast(RunConfig, config))  # reads keys that both have: threads, cpu_class
     try:
         tell(f"written: {sample(config)}")
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         tell(str(error))
         return EXIT_FAILED
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_engines import CONTEXT, SPECIAL, save_tiny
@@ -182,3 +183,41 @@ def test_a_broken_prompt_is_an_error(engine, prompt, message):
 def test_a_special_token_spelled_in_a_prompt_is_text(engine):
     ids = engine.encode("a<|end|>b")
     assert ids.count(engine.tokenizer.eos_token_id) == 1, "only the template's own ends the turn"
+
+
+def test_no_prompts_give_no_completions(engine):
+    assert engine.generate([]) == [] and engine.logprobs([]) == []
+
+
+def test_arrays_of_token_ids_are_prompts(engine):
+    ids = [[5, 6, 7], [8, 9, 10]]
+    want = [c.tokens for c in engine.generate(ids, max_new_tokens=4)]
+    for given in (np.array(ids), torch.tensor(ids), [np.array(row) for row in ids]):
+        assert [c.tokens for c in engine.generate(given, max_new_tokens=4)] == want
+    for own, other in zip(engine.logprobs(torch.tensor(ids)), engine.logprobs(ids), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([1, 2, 3], "got 1, want for a prompt text, a list of messages, or a flat list of token ids"),
+        ([{"role": "user", "content": "x"}], r"got {'role': .*, want for a prompt text, .*\[prompt\] for one"),
+        ([[1.5]], r"got \[1.5\], want"),
+        ([["a"]], r"got \['a'\], want"),
+        ([[True]], r"got \[True\], want"),
+        ([[[1]]], r"got \[\[1\]\], want"),
+        ([None], "got None, want"),
+        (5, "prompts: got int; give a list of prompts"),
+        ({"prompt": "a"}, "prompts: got dict; give a list of prompts"),
+    ],
+)
+def test_what_is_no_prompt_is_named(engine, prompts, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.generate(prompts)
+
+
+@pytest.mark.parametrize("sequences", [["hi"], [1, 2], [[1.5]]])
+def test_what_is_no_sequence_is_named(engine, sequences):
+    with pytest.raises(ConfigError, match="want a flat list of token ids"):
+        engine.logprobs(sequences)

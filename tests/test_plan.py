@@ -9,7 +9,7 @@ import torch
 from engine.config import PPOConfig, SFTConfig
 from engine.errors import ConfigError
 from engine.model.names import Spec
-from engine.plan import PAPER, described, main, parser, plan, sent_in_pass, sent_to_gather
+from engine.plan import PAPER, POSITIVE, described, main, parser, plan, sent_in_pass, sent_to_gather
 from engine.run import memory
 from engine.run.distributed import Ranks
 from engine.run.memory import Dtypes, parameters
@@ -126,3 +126,11 @@ def test_a_rank_on_a_cpu_has_its_part_of_what_is_free(monkeypatch):
     monkeypatch.setenv("ENGINE_DEVICE", "cpu")
     assert Machine.of(config_of(device="cpu", replicate=2), 4, 4).free == 250
     assert Machine.of(config_of(device="cpu", replicate=2), 4, 4).shards == 2
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_plan_of_nothing_is_refused_by_name(name, value, capsys):
+    given = {"model": "1.3B", "gpus": "8", "gpu_memory": "80"} | {name: value}
+    assert main([word for key, text in given.items() for word in (f"--{key}", text)]) == 2
+    assert f"{name}: got {value}" in capsys.readouterr().err

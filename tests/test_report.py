@@ -349,3 +349,12 @@ def test_names_of_runs_differ(tmp_path: Path) -> None:
 
 def test_duration() -> None:
     assert [duration(s) for s in (0.25, 61, 7325)] == ["0.2 s", "1 min 1 s", "2 h 2 min"]
+
+
+def test_an_output_that_cannot_be_written_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _rm(tmp_path / "rm")
+    (tmp_path / "file").write_text("")
+    assert main([str(folder), "--output", str(tmp_path)]) == 2
+    assert f"output: got {tmp_path}, which is a folder" in capsys.readouterr().err
+    assert main([str(folder), "--output", str(tmp_path / "file" / "report.html")]) == 2
+    assert "engine.report: " in capsys.readouterr().err

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime
+from decimal import Decimal
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from small_engines import byte_tokenizer, save_tiny
 
-from engine.data.prompts import Prompt
+from engine.data.prompts import Prompt, load_prompts
 from engine.data.rankings import load_rankings
-from engine.errors import ConfigError
+from engine.errors import EngineError
 from engine.hybrid import HybridEngine
 from engine.sample import SampleConfig, main, parse, ranked, ranks_of, score_rows
 
@@ -23,6 +28,8 @@ def length(prompts, completions, **columns):
     return [float(len(c)) for c in completions]
 def never(prompts, completions, **columns):
     return [None for _ in completions]
+def broken(prompts, completions, **columns):
+    return columns["x"]
 def short(prompts, completions, **columns):
     return [0.0]
 """
@@ -145,7 +152,9 @@ def test_what_cannot_be_ranked_is_left_out_and_counted():
 def test_a_file_appears_only_when_it_is_complete(folder, prompts, tmp_path, scorers, capsys):
     output = tmp_path / "never.jsonl"
     assert run(folder, prompts, output, "--rank_with", f"{scorers}:short") == 1
-    assert "got 1 values for 9 completions" in capsys.readouterr().err
+    assert "rank_with: got 1 values, want a list of 9 numbers" in capsys.readouterr().err
+    assert run(folder, prompts, output, "--rank_with", f"{scorers}:broken") == 1
+    assert "rank_with: raised KeyError: 'x'" in capsys.readouterr().err
     assert not output.exists()
     assert run(folder, prompts, output, "--rank_with", f"{scorers}:never") == 0
     assert output.read_text() == ""
@@ -155,7 +164,7 @@ def test_a_file_appears_only_when_it_is_complete(folder, prompts, tmp_path, scor
 
 
 def test_a_score_that_is_no_number_is_an_error():
-    with pytest.raises(ConfigError, match="rank_with: got nan"):
+    with pytest.raises(EngineError, match="rank_with: value 0 is 'nan'"):
         score_rows(lambda prompts, completions: [float("nan")], [{"responses": ["x"]}], [PROMPT])
 
 
@@ -193,3 +202,58 @@ def test_every_key_reaches_the_config():
         tie_margin=0.25,
         num_prompts=9,
     )
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_row_holds_the_prompt_that_was_answered(template, tmp_path):
+    """Of a row with a text and messages a model without a template answers the text."""
+    model = save_tiny("gpt2", tmp_path / "model")
+    if not template:
+        (model / "chat_template.jinja").unlink()
+    turns = (("user", "hi"), ("assistant", "yes"), ("user", "so"))
+    talk = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"prompt": "a text", "messages": talk}, {"messages": talk}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(model, path, tmp_path / "out.jsonl", "--num_samples", 2) == 0
+    found = read(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in found] == [talk if template else "a text", talk]
+    engine = HybridEngine.from_pretrained(model, dtype="float32")
+    given = load_prompts([str(path)], engine.tokenizer)
+    assert [prompt.tokens for prompt in load_prompts([str(tmp_path / "out.jsonl")], engine.tokenizer)] == [
+        prompt.tokens for prompt in given
+    ]
+
+
+def test_columns_that_are_no_json_are_written_as_text(folder, tmp_path):
+    day = datetime(2026, 1, 2, tzinfo=UTC)
+    table = pyarrow.table({"prompt": ["hello"], "day": [day], "price": [Decimal("1.50")]})
+    parquet.write_table(table, tmp_path / "prompts.parquet")
+    assert run(folder, tmp_path / "prompts.parquet", tmp_path / "out.jsonl") == 0
+    (row,) = read(tmp_path / "out.jsonl")
+    assert (row["day"], row["price"]) == (str(day), "1.50")
+
+
+def test_columns_named_as_a_scorers_arguments_are_not_given_to_it(folder, tmp_path, scorers, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "hello", "completions": ["x"], "prompts": 1, "topic": "a"}) + "\n")
+    assert run(folder, path, tmp_path / "out.jsonl", "--rank_with", f"{scorers}:length") == 0
+    assert sys.modules[scorers].seen[0][2] == {"topic": ["a"] * 3}
+    said = capsys.readouterr().err
+    assert "no reward function gets, since prompts, completions are its own arguments: prompts, completions" in said
+    assert read(tmp_path / "out.jsonl")[0]["topic"] == "a"
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, prompts, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(folder, prompts, tmp_path) == 1
+    assert f"output: got {tmp_path}, which is a folder" in capsys.readouterr().err
+    assert run(folder, prompts, tmp_path / "file" / "out.jsonl") == 1
+    said = capsys.readouterr().err
+    assert "sample: " in said and "file" in said and "rows read" not in said
+
+
+def test_reading_the_command_line_warns_of_nothing():
+    code = "from engine.sample import parse; parse(['--model_name_or_path=m', '--dataset_name=d', '--output=o'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -73,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; errors of the engine's own are one message, not a traceback."""
     args = parser().parse_args(argv)
     try:
+        if args.output.exists() and not args.output.is_dir():
+            raise EngineError(f"output: got {args.output}, which is a file; want a folder")
         run(args)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         sys.stderr.write(f"python -m engine.data: {error}\n")
         return EXIT_FAILED
     return 0

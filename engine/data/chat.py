@@ -23,8 +23,16 @@ ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {"user": "Human: ", "assistant": "Assistant: ", "tool": "Tool: ", "system": ""}
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 CUE = "\n\nAssistant:"
-# What a message may say beside its content, and the names that templates have for each.
-SAYS_MORE = (("tool_calls",), ("function_call",), ("reasoning_content", "reasoning", "thinking"))
+# Keys of a message that are no part of what it says, so that a prompt may do without them.
+BESIDE = frozenset({"role", "content", "name", "id", "tool_call_id", "weight"})
+REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing: transformers hands each on as the others
+CALLS = ("tool_calls", "function_call")  # of a turn that may do without content
+# Columns that other trainers hand to the chat template, and what to do with them here.
+FOR_TEMPLATE = {
+    "tools": "write the definitions into the system message",
+    "functions": "write the definitions into the system message",
+    "chat_template_kwargs": "save a tokenizer whose chat template has these values",
+}
 
 # What a template's clock shows, so that a prompt is the same every day: the date Llama's own templates fall back to.
 DATE = {
@@ -127,7 +135,7 @@ class TextEncoder:
         """Ids of a prompt, ready for an answer to follow.
 
         Raises:
-            BadRow: the chat template refuses the talk, or has no place for tool calls or reasoning in it.
+            BadRow: the chat template refuses the talk, or has no place for a key of its messages.
         """
         if talk.messages and (self.has_template or talk.text is None):
             check_shown(talk.messages, self.template, "messages")
@@ -252,6 +260,8 @@ def split_transcript(text: str) -> tuple[Message, ...] | None:
 def check_messages(value: Any, column: str) -> tuple[Message, ...]:
     """A list of role/content messages; keys without a value are left away.
 
+    A turn that calls tools may have no content, which is then empty.
+
     Raises:
         BadRow: not a list of messages, an unknown role, content that is not a string.
     """
@@ -263,30 +273,43 @@ def check_messages(value: Any, column: str) -> tuple[Message, ...]:
             shown = f"{column}[{number}]: got {str(message)[:60]!r}"
             wanted = f"want {{'role': one of {', '.join(ROLES)}, 'content': text}}"
             raise BadRow("bad messages", f"{shown}, {wanted}")
-        check_text(message.get("content"), f"{column}[{number}].content")
-        messages.append({key: item for key, item in message.items() if item is not None})
+        said = {key: item for key, item in message.items() if item is not None}
+        if any(said.get(key) for key in CALLS):
+            said.setdefault("content", "")
+        check_text(said.get("content"), f"{column}[{number}].content")
+        messages.append(said)
     return tuple(messages)
 
 
 def check_shown(messages: Sequence[Message], template: str, column: str) -> None:
-    """Raises:
-    BadRow: a message says more than its content, for which the template (none: "") has no place.
+    """A message says nothing that the template (none: "") has no place for, whatever key it is under.
+
+    Raises:
+        BadRow: the first key that would be lost.
     """
     for number, message in enumerate(messages):
-        for names in SAYS_MORE:
-            given = [name for name in names if message.get(name)]
-            if given and not any(name in template for name in names):
-                reason = f"{column}[{number}]: {given[0]!r} would be lost; write it into the content as the model is to"
-                raise BadRow("more than content", f"{reason} see it, or leave the row out")
+        for key, value in message.items():
+            names = REASONING if key in REASONING else (key,)
+            if value and key not in BESIDE and not any(reads(template, name) for name in names):
+                reason = f"{column}[{number}]: {key!r} would be lost; write it into the content as the model is to"
+                raise BadRow("more than content", f"{reason} see it, or leave it out")
 
 
-def check_no_tools(columns: Columns) -> None:
+@lru_cache(maxsize=256)
+def reads(template: str, key: str) -> bool:
+    """Whether a template names a key of messages: ``message.key``, ``message['key']``, ``'key' in message``."""
+    return re.search(rf"""[.'"]{re.escape(key)}\b""", template) is not None
+
+
+def check_not_for_template(columns: Columns) -> None:
     """Raises:
-    BadRow: the row defines tools, which no prompt would tell of.
+    BadRow: a column that is meant for the chat template, which is given messages alone.
     """
-    if columns.get("tools"):
-        reason = "tools: got definitions, which the prompt would not have; write them into the system message"
-        raise BadRow("tools", f"{reason}, or take the column out of the rows that need none")
+    for name, advice in FOR_TEMPLATE.items():
+        value = columns.get(name)
+        if value and value not in ("[]", "{}", "null"):  # some data sets have these as JSON
+            reason = f"{name}: got {str(value)[:60]!r}, which the prompt would not have; {advice}"
+            raise BadRow(name, f"{reason}, or take the column out of the rows that need none")
 
 
 def check_prompt(columns: Columns, *names: str) -> Talk:
@@ -298,7 +321,7 @@ def check_prompt(columns: Columns, *names: str) -> Talk:
     Raises:
         BadRow: no prompt, an empty one, one that ends with the assistant's turn, or tools beside it.
     """
-    check_no_tools(columns)
+    check_not_for_template(columns)
     column = require_column(columns, *names, "messages")
     value = columns[column]
     messages: tuple[Message, ...] | None = None
@@ -332,8 +355,7 @@ def check_answer(value: Any, column: str) -> str:
     """An answer: a string, or a list of one assistant message.
 
     Raises:
-        BadRow: another type, more than one message, tool calls or reasoning beside its content, or nothing but white
-            space.
+        BadRow: another type, more than one message, one that says more than its content, or nothing but white space.
     """
     if isinstance(value, (list, tuple)):
         messages = check_messages(value, column)

@@ -38,6 +38,27 @@ class Prompt:
         return self.tokens
 
 
+ARGUMENTS = ("prompts", "completions")  # of a reward function, beside the columns
+
+
+def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The columns as reward functions get them: by name, a value a prompt, None where its row has none.
+
+    Columns of the names of the function's own arguments are not among them; see :func:`not_for_rewards`.
+    """
+    names = sorted({name for prompt in prompts for name in prompt.columns} - set(ARGUMENTS))
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+
+
+def not_for_rewards(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Lines for a log about columns that no reward function gets."""
+    hidden = [name for name in ARGUMENTS if any(name in prompt.columns for prompt in prompts)]
+    if not hidden:
+        return ()
+    arguments = ", ".join(ARGUMENTS)
+    return (f"columns that no reward function gets, since {arguments} are its own arguments: {', '.join(hidden)}",)
+
+
 def load_prompts(
     sources: Sequence[DataSource | str],
     tokenizer: Any,

@@ -14,7 +14,7 @@ from engine.data.chat import (
     TextEncoder,
     check_answer,
     check_messages,
-    check_no_tools,
+    check_not_for_template,
     check_prompt,
     split_transcript,
 )
@@ -159,7 +159,7 @@ def parse_pair(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float, ..
         BadRow: an answer that is none; whole talks that do not share the prompt beside them.
     """
     chosen, rejected = columns["chosen"], columns["rejected"]
-    check_no_tools(columns)
+    check_not_for_template(columns)
     if has_no_prompt(columns):
         talk, answers = split_pair(chosen, rejected)
     elif is_whole_talk(chosen) and is_whole_talk(rejected):

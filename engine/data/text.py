@@ -108,7 +108,7 @@ def encode_demonstration(encoder: TextEncoder, columns: Columns) -> tuple[list[i
         reason = "messages: want a talk that ends with the assistant's answer to a prompt"
         raise BadRow("bad messages", f"{reason}; got {[m['role'] for m in messages]}")
     answer = check_answer([messages[-1]], "messages")
-    talk = check_prompt({"messages": messages[:-1], "tools": columns.get("tools")}, "messages")
+    talk = check_prompt({**columns, "messages": messages[:-1]}, "messages")
     return encoder.prompt(talk), encoder.answer(answer, talk)
 
 

@@ -213,7 +213,7 @@ def save_policy(
     if isinstance(model, ScalarModel):
         raise ModelError("save_policy: got a scalar model; use save_scalar")
     causal_class = NAMINGS[model.architecture.family].causal_class
-    _write(model, Path(folder), {"architectures": [causal_class]}, max_shard_size)
+    _write(model, Path(folder), {"architectures": [causal_class]}, max_shard_size, _ends(model, tokenizer))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
@@ -245,7 +245,7 @@ def save_scalar(
         "pad_token_id": pad,
         SCORE_CONSTANT: model.constant,
     }
-    _write(model, Path(folder), changes, max_shard_size)
+    _write(model, Path(folder), changes, max_shard_size, _ends(model, tokenizer))
     if tokenizer is not None:
         saved = tokenizer
         if pad is not None and pad != tokenizer.pad_token_id:
@@ -260,7 +260,23 @@ def _ends(model: Model, tokenizer: Any | None) -> frozenset[int]:
     return model.eos_token_ids | (frozenset() if own is None else {own})
 
 
-def _write(model: Model, folder: Path, changes: Mapping[str, Any], max_shard_size: str) -> None:
+def _ending_config(model: Model, ends: frozenset[int]) -> dict[str, Any] | None:
+    """generation_config.json, with every end: answers were sampled up to the tokenizer's, which the base may not name.
+
+    None where there was none and config.json says it all.
+    """
+    known = model.generation_config
+    if ends == model.eos_token_ids:
+        return None if known is None else dict(known)
+    if known is None:
+        names = ("bos_token_id", "pad_token_id")
+        known = {name: model.config[name] for name in names if model.config.get(name) is not None}
+    return {**known, "eos_token_id": sorted(ends) if len(ends) > 1 else min(ends)}
+
+
+def _write(
+    model: Model, folder: Path, changes: Mapping[str, Any], max_shard_size: str, ends: frozenset[int]
+) -> None:
     model.weights.check()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -268,8 +284,9 @@ def _write(model: Model, folder: Path, changes: Mapping[str, Any], max_shard_siz
     spellings = ("dtype", "torch_dtype") if "torch_dtype" in model.config else ("dtype",)
     dtypes = dict.fromkeys(spellings, dtype)
     _write_json(folder / "config.json", {**model.config, **dtypes, **changes})
-    if model.generation_config is not None:  # of a scalar model too: it names the ends
-        _write_json(folder / GENERATION_CONFIG, model.generation_config)
+    generation = _ending_config(model, ends)
+    if generation is not None:  # of a scalar model too: it names the ends
+        _write_json(folder / GENERATION_CONFIG, generation)
     huggingface_hub.save_torch_state_dict(
         _file_tensors(model), folder, max_shard_size=max_shard_size, metadata={"format": "pt"}
     )

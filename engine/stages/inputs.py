@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import PPOConfig, RMConfig, RunConfig, SFTConfig
 from engine.data.pack import step_rows
-from engine.data.prompts import Prompt, load_prompts
+from engine.data.prompts import Prompt, load_prompts, not_for_rewards
 from engine.data.rankings import RankedGroup, load_rankings
 from engine.data.rows import Dataset, DataSource
 from engine.data.split import hold_back
@@ -278,6 +278,8 @@ def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
 
     train, validation, lines = with_validation(config, load)
     ptx, held, more = load_text(config, tokenizer, context)
+    if any(":" in reward.source for reward in config.rewards):
+        lines += not_for_rewards((*train, *validation))
     return PPOData(train, validation[: config.eval_num_prompts], ptx, held, lines + more)
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from families import CASES, FAMILIES, build, hf_logits, save, some_sequences
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from engine.data.pack import pack_sequences
 from engine.errors import ModelError
+from engine.hybrid import HybridEngine
 from engine.kernels._backend import backend
 from engine.model import weights
 from engine.model.transformer import forward, logits
@@ -76,6 +77,30 @@ def test_the_folder_keeps_config_generation_config_and_tokenizer(tmp_path):
     assert json.loads((tmp_path / "out" / name).read_text())["temperature"] == 0.7
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert {t.dtype for t in load_file(tmp_path / "out" / ONE).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_the_saved_policy_ends_where_it_was_trained_to(has_config, tmp_path):
+    """With transformers too: at the tokenizer's end, and at those that the base names."""
+    theirs = build("gpt2")
+    theirs.generation_config.eos_token_id = [5, 6]
+    theirs.save_pretrained(tmp_path / "in")
+    if not has_config:
+        (tmp_path / "in" / "generation_config.json").unlink()
+    base = load_policy(tmp_path / "in", "float32").eos_token_ids
+    tokenizer = byte_tokenizer()
+    assert tokenizer.eos_token_id not in base
+    policy = HybridEngine(load_policy(tmp_path / "in", "float32"), tokenizer)
+    policy.save_pretrained(tmp_path / "out")
+    saved = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert set(saved) == policy.eos_ids == base | {tokenizer.eos_token_id}
+    assert load_policy(tmp_path / "out", "float32").eos_token_ids == policy.eos_ids
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():  # every next token is the tokenizer's end
+        read.transformer.ln_f.weight.zero_()
+        read.transformer.ln_f.bias.copy_(100 * read.lm_head.weight[tokenizer.eos_token_id])
+    made = read.generate(torch.tensor([[7, 8]]), max_new_tokens=5, do_sample=False)
+    assert made.tolist() == [[7, 8, tokenizer.eos_token_id]]
 
 
 def test_eos_of_the_config_where_there_is_no_generation_config(tmp_path):

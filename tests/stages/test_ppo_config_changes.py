@@ -33,6 +33,28 @@ def test_a_coefficient_that_is_allowed_to_change_changes(setting, tmp_path):
     assert [json.loads(line)["objective/kl_coef"] for line in lines] == [0.02, 0.5]
 
 
+def test_a_coefficient_that_adapts_goes_on_unless_it_is_changed(setting, tmp_path):
+    """From what it had become; from the new value where that is given."""
+    adapting = {"kl_target": 0.5, "kl_horizon": 100}
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "whole", max_steps=3, **adapting))
+
+    def coefficients(name: str) -> list[float]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["objective/kl_coef"] for line in lines]
+
+    whole = coefficients("whole")
+    assert len(set(whole)) == 3
+    for name, more, want in (("same", {}, whole[2]), ("changed", {"kl_coef": 0.5}, 0.5)):
+        engine.train_ppo(faulty.ppo(setting, tmp_path / name, max_steps=2, **adapting))
+        engine.train_ppo(
+            faulty.ppo(
+                setting, tmp_path / name, max_steps=3, resume_from_checkpoint="true",
+                allow_config_change=["max_steps", "kl_coef"], **adapting, **more,
+            )
+        )  # fmt: skip
+        assert coefficients(name) == [*whole[:2], want]
+
+
 @pytest.mark.parametrize("samples,parts", [(4, 3), (8, 2), (1, 9)])
 def test_more_minibatches_than_prompts_are_refused(samples, parts):
     wanted = f"at most batch_size / num_samples = 8 / {samples} = {8 // samples}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from run import faulty
 from small_engines import byte_tokenizer
+from stages.tiny_data import write
 
 import engine
 from engine.model.weights import save_scalar, scalar_from_policy
@@ -53,8 +54,8 @@ def test_reward_models_of_equal_names_are_told_apart(setting, tmp_path):
 
 
 def test_a_numbered_name_takes_nobody_elses():
-    sources = [source(text) for text in ("a:r", "b:r", "c:r", "d:r_2", "e/r", "f:other")]
-    assert term_names(sources) == ["r", "r_3", "r_4", "r_2", "r_5", "other"]
+    sources = [source(text) for text in ("a:r", "b:r", "c:r", "d:r_2", "e/r/", "f:other", "/")]
+    assert term_names(sources) == ["r", "r_3", "r_4", "r_2", "r_5", "other", "reward"]
 
 
 @pytest.mark.parametrize("epochs,coefficient", [(1, 2.0), (3, 2.0), (1, 0.0), (3, 0.0)])
@@ -107,3 +108,11 @@ def test_metrics_of_a_checkpoint_wait_for_the_next_line(logging_steps, lines, se
     )
     engine.train_ppo(config)
     assert [r["step"] for r in records(tmp_path / "run") if "timing/checkpoint_write" in r] == lines
+
+
+def test_columns_named_as_a_rewards_arguments_are_not_given_to_it(setting, tmp_path):
+    rows = [{"prompt": f"say {i}", "prompts": i, "completions": ["x"]} for i in range(8)]
+    data = write(tmp_path / "prompts.jsonl", rows)
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "run", dataset_name=data, max_steps=1))
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert events.count("are its own arguments: prompts, completions") == 1
