@@ -12,12 +12,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import PPOConfig, RewardSource
+from engine.data.prompts import Prompt, reward_columns
 from engine.errors import ConfigError, EngineError
 from engine.model.heads import ScalarModel
 from engine.model.weights import load_scalar
@@ -75,8 +77,8 @@ def load_rewards(config: PPOConfig) -> list[Reward]:
 def term_names(sources: Sequence[RewardSource]) -> list[str]:
     """The last part of each source; where one repeats, the later ones are numbered: `reward`, `reward_2`."""
     short = [
-        source.source.rpartition(":" if ":" in source.source else "/")[2] or f"reward_{number}"
-        for number, source in enumerate(sources)
+        source.source.rpartition(":")[2] if ":" in source.source else Path(source.source).name or "reward"
+        for source in sources
     ]
     names: list[str] = []
     for name in short:
@@ -88,57 +90,65 @@ def term_names(sources: Sequence[RewardSource]) -> list[str]:
     return names
 
 
-def call_function(reward: Reward, rollouts: Rollouts, timeout: float | None) -> Tensor:  # (E,)
-    """The function's values, checked: one number or None for each completion; float32, nan where None.
+def call_function(
+    who: str,
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    timeout: float | None = None,
+) -> Tensor:  # (E,) float64, nan for None
+    """The function's values for completion e of prompts[e], checked; `who` names it in messages.
 
     Raises:
         EngineError: it raised, took longer than `timeout` seconds, or gave something else.
     """
-    assert reward.function is not None
-    prompts = [rollouts.prompt_of(e) for e in range(rollouts.num_episodes)]
-    names = sorted({key for prompt in prompts for key in prompt.columns})
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     try:
         with time_limit(timeout):
-            values = reward.function(
+            values = function(
                 prompts=[prompt.text for prompt in prompts],
-                completions=[completion.text for completion in rollouts.completions],
-                **columns,
+                completions=list(completions),
+                **reward_columns(prompts),
             )
     except TimeLimitError as error:
         raise EngineError(
-            f"reward {reward.name!r}: no answer within {timeout:g} s for {rollouts.num_episodes} completions; make the"
+            f"{who}: no answer within {timeout:g} s for {len(completions)} completions; make the"
             " function faster or give it longer (--reward_timeout_s)"
         ) from error
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise EngineError(
-            f"reward {reward.name!r}: raised {type(error).__name__}: {error} (line {at.lineno} of {at.filename})"
+            f"{who}: raised {type(error).__name__}: {error} (line {at.lineno} of {at.filename})"
         ) from error
-    return checked(reward.name, values, rollouts.num_episodes)
+    return checked(who, values, len(completions))
 
 
 def called_by_first(
     reward: Reward, rollouts: Rollouts, timeout: float | None, ranks: Ranks
 ) -> Tensor:  # (E,)
-    """`call_function` in the first process; what it gives, or its error, comes to all."""
-    values = ranks.by_first(lambda: call_function(reward, rollouts, timeout).tolist())
+    """`call_function` in the first process; what it gives, or its error, comes to all; float32."""
+    function = reward.function
+    assert function is not None
+    prompts = [rollouts.prompt_of(e) for e in range(rollouts.num_episodes)]
+    texts = [completion.text for completion in rollouts.completions]
+    values = ranks.by_first(
+        lambda: call_function(f"reward {reward.name!r}", function, prompts, texts, timeout).tolist()
+    )
     return torch.tensor(values, dtype=torch.float32)
 
 
-def checked(name: str, values: object, count: int) -> Tensor:  # (count,) float32
+def checked(who: str, values: object, count: int) -> Tensor:  # (count,) float64
     """What a function gave, as numbers with nan for None.
 
     Raises:
-        EngineError: it is not one finite number or None for each of `count` completions.
+        EngineError: it is not one number that is finite in float32 or None for each of `count` completions.
     """
     wanted = f"want a list of {count} numbers or None, one a completion; None where the reward does not apply"
     if isinstance(values, Tensor | np.ndarray):
         values = values.tolist()
     if not isinstance(values, list | tuple):
-        raise EngineError(f"reward {name!r}: got {type(values).__name__}, {wanted}")
+        raise EngineError(f"{who}: got {type(values).__name__}, {wanted}")
     if len(values) != count:
-        raise EngineError(f"reward {name!r}: got {len(values)} values, {wanted}")
+        raise EngineError(f"{who}: got {len(values)} values, {wanted}")
     numbers = []
     for number, given in enumerate(values):
         value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
@@ -146,9 +156,9 @@ def checked(name: str, values: object, count: int) -> Tensor:  # (count,) float3
             numbers.append(math.nan)
             continue
         if not isinstance(value, Real) or not abs(float(value)) <= LARGEST:  # false for nan too
-            raise EngineError(f"reward {name!r}: value {number} is {str(given)[:40]!r}, {wanted}, all finite")
+            raise EngineError(f"{who}: value {number} is {str(given)[:40]!r}, {wanted}, all finite")
         numbers.append(float(value))
-    return torch.tensor(numbers, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 @torch.no_grad()

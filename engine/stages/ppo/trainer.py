@@ -169,6 +169,7 @@ class PPO:
         return tensors, {
             "iteration": self.iteration,
             "kl_coef": self.kl.beta,
+            "first_kl_coef": self.config.kl_coef,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
@@ -185,7 +186,8 @@ class PPO:
         learner.value_optimizer.load_state(saved.group("optimizer_value"))
         if learner.ema is not None:
             learner.ema.load_state(saved.group("ema"))
-        if isinstance(self.kl, AdaptiveKL):  # a fixed one is the config's, which may have been changed
+        # One that the config has changed since is the config's, as a fixed one is.
+        if isinstance(self.kl, AdaptiveKL) and saved.number("first_kl_coef") == self.config.kl_coef:
             self.kl = replace(self.kl, beta=saved.number("kl_coef"))
         self.iteration = int(saved.number("iteration"))
         self.skipped_in_a_row = int(saved.number("skipped_in_a_row"))
