@@ -16,7 +16,7 @@ from engine.run.device import choose_device
 from engine.run.distributed import ALONE, Ranks, join
 from engine.run.memory import parameters
 from engine.run.session import set_threads
-from engine.stages import estimates, resources
+from engine.stages import duration, estimates, resources
 from engine.stages.epochs import total_steps
 from engine.stages.inputs import (
     PPOData,
@@ -66,6 +66,7 @@ def of_ppo(config: PPOConfig, data: PPOData, ranks: Ranks = ALONE) -> list[tuple
         ("prompts", f"{len(data.train)}, validation {len(data.eval_prompts)}"),
         ("iterations", f"{config.num_iterations} of {config.batch_size} episodes"),
         ("optimizer steps", str(steps)),
+        ("time", duration.said(duration.of_ppo(config, data), config, ranks)),
         *(("data", line) for line in data.reports),
     ]
 
@@ -75,6 +76,7 @@ def of_reward_model(config: RMConfig, data: RMData, ranks: Ranks = ALONE) -> lis
         ("memory", resources.settle_epochs(config, "score", data.lengths, ranks=ranks)[1]),
         ("ranked prompts", f"{len(data.train)}, validation {len(data.validation)}"),
         ("steps", str(total_steps(config, len(data.train)))),
+        ("time", duration.said(duration.of_reward_model(config, data), config, ranks)),
         *(("data", line) for line in data.reports),
     ]
 
@@ -88,6 +90,7 @@ def of_sft(config: SFTConfig, data: SFTData, ranks: Ranks = ALONE) -> list[tuple
         ("demonstrations", f"{len(data.train)}, validation {len(data.validation)}"),
         ("tokens an epoch", str(sum(len(example.tokens) for example in data.train))),
         ("steps", str(total_steps(epochs_config(config), len(data.train)))),
+        ("time", duration.said(duration.of_sft(config, data), config, ranks)),
         *(("data", line) for line in data.reports),
     ]
 

@@ -5,37 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.config import PPOConfig
-from engine.model.heads import ScalarModel
-from engine.model.transformer import Model
 from engine.run.flops import Work, forward_flops, grouped, padded_tokens
-from engine.stages.ppo.batch import Rollouts
+from engine.run.memory import Sizes
 
 PHASES = ("rollout", "reward", "score", "update")
 
 
 def iteration_work(
-    policy: Model,
-    value: ScalarModel,
-    reward_models: Sequence[ScalarModel],
-    rollouts: Rollouts,
-    ptx_rows: Sequence[Sequence[int]],
+    policy: Sizes,
+    value: Sizes,
+    reward_models: Sequence[Sizes],
+    prompts: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    ptx_rows: Sequence[int],
     config: PPOConfig,
 ) -> dict[str, Work]:
     """By phase of PHASES: answers sampled, reward models, reference and values, then the update.
 
-    A padded batch has a row an episode, as long as the longest prompt and the longest answer together.
+    Of models of these sizes, and of prompts, their answers and pretraining rows of these lengths. A padded batch has a
+    row an episode, as long as the longest prompt and the longest answer together.
     """
-    prompts = [len(p.tokens) for p in rollouts.prompts]
-    answers = [[len(a) for a in own] for _, own in rollouts.groups]
-    segments, count = grouped(prompts, answers), sum(rollouts.lengths)
-    tokens, episodes = sum(prompts) + count, rollouts.num_episodes
-    padded = episodes * (max(prompts) + max(rollouts.lengths))
-    a, vocabulary = policy.architecture, policy.architecture.vocab_size
-    law = forward_flops(a, segments, count, vocabulary)
-    values = forward_flops(value.architecture, segments, count, 1)
-    rewards = sum(forward_flops(m.architecture, segments, episodes, 1) for m in reward_models)
-    text = [len(row) for row in ptx_rows] if config.ptx_coef > 0 else []
-    lm = forward_flops(a, [(0, n) for n in text], sum(text) - len(text), vocabulary)
+    lengths = [length for own in answers for length in own]
+    segments, count = grouped(prompts, answers), sum(lengths)
+    tokens, episodes = sum(prompts) + count, len(lengths)
+    padded = episodes * (max(prompts) + max(lengths))
+    law = forward_flops(policy, segments, count, policy.vocab_size)
+    values = forward_flops(value, segments, count, 1)
+    rewards = sum(forward_flops(sizes, segments, episodes, 1) for sizes in reward_models)
+    text = ptx_rows if config.ptx_coef > 0 else []
+    lm = forward_flops(policy, [(0, n) for n in text], sum(text) - len(text), policy.vocab_size)
     epochs = config.num_ppo_epochs
     return {
         "rollout": Work(law, tokens, padded),

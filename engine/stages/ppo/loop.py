@@ -104,9 +104,14 @@ def iterate(
     stats |= {f"rewards/{name}": float(value.nanmean()) for name, value in terms.items()}
     ptx_tokens = sum(map(len, ptx_rows)) if config.ptx_coef > 0 else 0
     stats |= timing(rollouts, ptx_tokens, config.num_ppo_epochs, began, sampled, rewarded, stats)
-    models = [reward.model for reward in rewards if reward.model is not None]
     for phase, work in iteration_work(
-        ppo.policy.model, ppo.value, models, rollouts, ptx_rows, config
+        ppo.policy.model.architecture,
+        ppo.value.architecture,
+        [reward.model.architecture for reward in rewards if reward.model is not None],
+        [len(p.tokens) for p in rollouts.prompts],
+        [[len(a) for a in own] for _, own in rollouts.groups],
+        [len(row) for row in ptx_rows],
+        config,
     ).items():
         stats |= session.totals.add(phase, work, stats[f"timing/{phase}"])
     stats |= {
