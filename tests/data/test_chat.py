@@ -175,7 +175,7 @@ def test_a_prompt_is_the_same_every_day(chat_tokenizer, template, text) -> None:
 
 def test_a_format_of_time_that_is_not_known_is_refused(chat_tokenizer) -> None:
     encoder = TextEncoder(dated(chat_tokenizer, "{{ strftime_now('%d %s') }}"))
-    with pytest.raises(BadRow, match="asks for the time as %d %s"):
+    with pytest.raises(BadRow, match="asks for the time as %d %s; write a date into it"):
         encoder.prompt(Talk("Why not?"))
 
 
