@@ -59,7 +59,8 @@ class RunConfig:
     dataset_train_split: str = "train"
     """Split to train on."""
     dataset_mixture: list[DataSource] = field(default_factory=list)
-    """Several data sets with weights, instead of `dataset_name`."""
+    """Several data sets instead of `dataset_name`, each with `path` and, where they are not the defaults, `split`,
+    `name` (the configuration of a hub data set) and `weight` (the share of its rows)."""
     eval_dataset_name: str | None = None
     """Validation data; without it `eval_fraction` of the training rows is held back."""
     dataset_test_split: str = "test"
@@ -145,6 +146,8 @@ class RunConfig:
         require(clip is not None and 0 <= clip < math.inf, "max_grad_norm", clip, off)
         not_negative(self, "weight_decay", "seed")
         within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
+        for source in self.dataset_mixture:
+            require(isinstance(source, DataSource), "dataset_mixture", source, "DataSource(path, split, name, weight)")
         require(
             not (self.dataset_name and self.dataset_mixture),
             "dataset_mixture",

@@ -12,7 +12,8 @@ import yaml
 from small_engines import save_tiny
 from stages.tiny_data import write_all
 
-from engine.config import RewardSource
+from engine.config import RewardSource, SFTConfig
+from engine.data.rows import DataSource
 from engine.errors import ConfigError
 from engine.train import parse, preset_names
 
@@ -206,3 +207,18 @@ def timeless(record: dict) -> dict:
     return {
         k: v for k, v in record.items() if k != "time" and not k.startswith(("timing/", "perf/"))
     }
+
+
+def test_a_mixture_has_the_same_keys_on_both_doors(tmp_path, capsys):
+    words = ["--stage", "sft", "--model_name_or_path", "m", "--output_dir", "o", "--config", str(tmp_path / "c.yaml")]
+    (tmp_path / "c.yaml").write_text("dataset_mixture:\n- {path: a.jsonl, split: test, name: small, weight: 0.5}\n")
+    made = SFTConfig(
+        model_name_or_path="m", output_dir="o", dataset_mixture=[DataSource("a.jsonl", "test", "small", 0.5)]
+    )
+    assert parse(words)[1].dataset_mixture == made.dataset_mixture
+    (tmp_path / "c.yaml").write_text("dataset_mixture:\n- {path: a.jsonl, fraction: 0.5}\n")
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert "fraction" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"dataset_mixture: got \{'path': 'a.jsonl'.*want DataSource"):
+        SFTConfig(model_name_or_path="m", output_dir="o", dataset_mixture=[{"path": "a.jsonl"}])

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--min_prefix",
         type=int,
         default=default.min_prefix,
-        help="characters that make a duplicate",
+        help="so many shared first characters make a duplicate",
     )
     add("--cap", type=int, default=default.cap, help="most prompts of a user or organization")
     add("--validation", type=float, default=default.validation, help="share of users")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ class PrepareSettings:
     """What the pipeline does to the rows."""
 
     min_prefix: int = 128
-    """Prompts that share so many first characters are duplicates (our value)."""
+    """Prompts that share so many first characters are duplicates, and equal ones (our value)."""
     cap: int = 200
     """Most prompts of one user or organization [InstructGPT 3.2]."""
     validation: float = 0.1
@@ -171,49 +170,13 @@ def distinct_prompts(texts: Sequence[str], min_prefix: int = 128) -> list[int]:
     """Positions of the prompts left after removing duplicates, the first of each kept.
 
     Two prompts are duplicates when they share a prefix of at least ``min_prefix`` characters, or
-    the shorter one entirely; white space around a prompt does not count. The paper says "prompts
-    that share a long common prefix" [3.2]; the threshold is ours.
+    are equal; white space around a prompt does not count. So "Write" takes no "Write a poem" with
+    it. The paper says "prompts that share a long common prefix" [3.2]; the threshold is ours.
     """
-    heads = [text.strip()[:min_prefix] for text in texts]
-    ordered = sorted(set(heads))
-    # One entry a head in sorted order, so that the heads with a common prefix are a range of it.
-    taken = PrefixCounts(len(ordered))
-    seen: set[str] = set()
-    lengths: set[int] = set()
-    kept = []
-    for position, head in enumerate(heads):
-        low = bisect_left(ordered, head)
-        high = bisect_left(ordered, head + chr(0x10FFFF))
-        is_prefix_of_kept = taken.below(high) > taken.below(low)
-        if is_prefix_of_kept or any(head[:n] in seen for n in lengths if n <= len(head)):
-            continue
-        kept.append(position)
-        seen.add(head)
-        lengths.add(len(head))
-        taken.add(low)
-    return kept
-
-
-class PrefixCounts:
-    """Counts of marked positions below a bound, in O(log n): a Fenwick tree."""
-
-    def __init__(self, size: int) -> None:
-        self._tree = [0] * (size + 1)
-
-    def add(self, position: int) -> None:
-        """Mark a position."""
-        at = position + 1
-        while at < len(self._tree):
-            self._tree[at] += 1
-            at += at & -at
-
-    def below(self, bound: int) -> int:
-        """How many marked positions are < ``bound``."""
-        total = 0
-        while bound > 0:
-            total += self._tree[bound]
-            bound -= bound & -bound
-        return total
+    first: dict[str, int] = {}
+    for position, text in enumerate(texts):
+        first.setdefault(text.strip()[:min_prefix], position)
+    return list(first.values())
 
 
 def owner_groups(rows: Sequence[PromptRow], settings: PrepareSettings) -> list[str]:

@@ -219,6 +219,8 @@ def split_pair(chosen: Any, rejected: Any) -> tuple[Talk, tuple[Any, Any]]:
         shared = common_length(first, second)
         if shared == 0:
             raise BadRow("no common prompt", "chosen and rejected share no first message")
+        if first == second:
+            raise BadRow("no common prompt", "chosen and rejected are equal")
         if first[shared - 1]["role"] == "assistant":
             reason = (
                 "chosen and rejected part after an assistant's turn; want two answers to a prompt"

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import count
 from math import floor, isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Literal, TypeVar, cast
@@ -134,6 +135,8 @@ def collect(
     if bad_rows not in ("error", "skip"):
         raise DataError("bad_rows", f"got {bad_rows!r}; want 'error' or 'skip'")
     given = [DataSource(source) if isinstance(source, str) else source for source in sources]
+    if wrong := [str(source) for source in given if not isinstance(source, DataSource)]:
+        raise DataError("data source", f"got {wrong[0]}; want a path or DataSource(path, split, name, weight)")
     items: list[T] = []
     skipped: Counter[str] = Counter()
     examples: list[str] = []
@@ -198,11 +201,9 @@ def read_file(path: Path) -> Iterator[Row]:
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
-    """One object a line; blank lines are no rows. The first byte-order mark is ignored."""
+    """One object a line; blank lines are no rows. A byte-order mark before a line is ignored."""
     with open_binary(path) as lines:
-        number = 0
-        while True:
-            number += 1
+        for number in count(1):
             try:
                 line = lines.readline(LINE_BYTES + 1)
                 rest = line
@@ -213,8 +214,7 @@ def read_json_lines(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}:{number}", reason, "broken file") from error
             if not line:
                 return
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+            line = line.removeprefix(codecs.BOM_UTF8)  # not of the first alone: files are joined, marks and all
             if len(line) > LINE_BYTES:
                 bad = BadRow("broken line", f"it has more than {LINE_BYTES} bytes")
                 yield Row(f"{path}:{number}", source_label(path), {}, bad)
@@ -232,7 +232,7 @@ def parse_line(line: bytes, where: str, source: str) -> Row:
     except UnicodeDecodeError as error:
         return Row(where, source, {}, BadRow("broken line", f"not UTF-8: {error}"))
     except (ValueError, RecursionError) as error:
-        return Row(where, source, {}, BadRow("broken line", f"not JSON: {error}"))
+        return Row(where, source, {}, BadRow("broken line", f"not JSON: {error}; want an object a line"))
     return row_of(value, "the line", where, source)
 
 

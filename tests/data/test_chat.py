@@ -13,7 +13,10 @@ from engine.data.chat import (
     split_transcript,
     transcript,
 )
+from engine.data.prompts import load_prompts
+from engine.data.rankings import load_rankings
 from engine.data.rows import BadRow
+from engine.data.text import load_sft
 from engine.errors import DataError
 
 USER = {"role": "user", "content": "Why not?"}
@@ -172,7 +175,7 @@ def test_a_prompt_is_the_same_every_day(chat_tokenizer, template, text) -> None:
 
 def test_a_format_of_time_that_is_not_known_is_refused(chat_tokenizer) -> None:
     encoder = TextEncoder(dated(chat_tokenizer, "{{ strftime_now('%d %s') }}"))
-    with pytest.raises(BadRow, match="asks for the time as %d %s"):
+    with pytest.raises(BadRow, match="asks for the time as %d %s; write a date into it"):
         encoder.prompt(Talk("Why not?"))
 
 
@@ -210,7 +213,48 @@ def test_what_a_message_says_beside_its_content_is_not_lost(chat_tokenizer, raw_
     assert TextEncoder(raw_tokenizer).prompt(both) == raw_tokenizer("The cat sat")["input_ids"]
 
 
-def test_tools_that_no_prompt_would_tell_of_are_refused() -> None:
-    with pytest.raises(BadRow, match="tools: got definitions"):
-        check_prompt({"prompt": "a", "tools": [{"name": "f"}]}, "prompt")
-    assert check_prompt({"prompt": "a", "tools": []}, "prompt") == Talk("a")
+@pytest.mark.parametrize("key", ["images", "refusal", "thoughts", "info"])
+def test_a_key_that_nobody_knows_is_not_lost(write, chat_tokenizer, key) -> None:
+    """Also one whose letters stand in the template: "info" in "information"."""
+    tokenizer = dated(chat_tokenizer, chat_tokenizer.chat_template + "{# .information #}")
+    row = {"messages": [{**USER, key: "more"}, ASSISTANT]}
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: messages\[0\]: '{key}' would be lost"):
+        load_sft([write(row)], tokenizer)
+    row = {"messages": [USER, {**ASSISTANT, key: "more"}]}
+    assert load_sft([write({"messages": [USER, ASSISTANT]}, row)], tokenizer, bad_rows="skip").report.skipped == {
+        "more than content": 1
+    }
+    row = {"messages": [{**USER, key: ""}, {**ASSISTANT, key: None}]}
+    assert len(load_sft([write(row)], tokenizer)) == 1
+
+
+def test_keys_that_say_nothing_may_be_there(write, chat_tokenizer) -> None:
+    plain = {"messages": [USER, ASSISTANT]}
+    beside = {"name": "ann", "id": 7, "tool_call_id": "x", "weight": 1}
+    named = {"messages": [{**USER, **beside}, {**ASSISTANT, **beside}]}
+    first, second = load_sft([write(plain, named)], chat_tokenizer)
+    assert first == second
+
+
+def test_a_turn_that_calls_a_tool_needs_no_content(chat_tokenizer) -> None:
+    """OpenAI's form; what matters is whether the template shows the call."""
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    talk = check_prompt({"messages": [USER, calls, USER]}, "prompt")
+    with pytest.raises(BadRow, match=r"messages\[1\]: 'tool_calls' would be lost"):
+        TextEncoder(chat_tokenizer).prompt(talk)
+    template = chat_tokenizer.chat_template.replace("'] | trim", "'] + (message.tool_calls or '') | string")
+    shown = chat_tokenizer.decode(TextEncoder(dated(chat_tokenizer, template)).prompt(talk))
+    assert "'name': 'f'" in shown and "None" not in shown
+
+
+@pytest.mark.parametrize("name", ["tools", "functions", "chat_template_kwargs"])
+def test_columns_that_no_template_is_given_are_refused(write, raw_tokenizer, name) -> None:
+    rows = {
+        load_sft: {"messages": [USER, ASSISTANT]},
+        load_prompts: {"prompt": "a"},
+        load_rankings: {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }
+    for load, row in rows.items():
+        with pytest.raises(DataError, match=f"{name}: got .* which the prompt would not have"):
+            load([write({**row, name: {"name": "f"}})], raw_tokenizer)
+        assert len(load([write({**row, name: {}}, {**row, name: "[]"})], raw_tokenizer)) == 2

@@ -1,6 +1,7 @@
 """The prompt pipeline: each step against a plain definition, and the command as a user runs it."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def row(text: str, **columns) -> PromptRow:
 
 def duplicates(first: str, second: str, min_prefix: int) -> bool:
     first, second = first.strip(), second.strip()
-    shared = min(len(first), len(second), min_prefix)
-    return first[:shared] == second[:shared]
+    shared = len(os.path.commonprefix([first, second]))
+    return first == second or shared >= min_prefix
 
 
 @given(st.lists(st.text(alphabet="ab ", max_size=7), max_size=25), st.integers(1, 5))
@@ -50,8 +51,13 @@ def test_a_prompt_stays_unless_one_kept_before_is_its_duplicate(texts, min_prefi
 def test_the_papers_kind_of_duplicate() -> None:
     long = "x" * 127
     assert distinct_prompts([long + "ya", long + "yb", long + "z"]) == [0, 2]
-    assert distinct_prompts(["Tell me a story", "Tell me a story about cats", "Tell him"]) == [0, 2]
-    assert distinct_prompts(["Tell me a story about cats", " Tell me a story\n"]) == [0]
+    assert distinct_prompts(["Tell me a story", " Tell me a story\n", "Tell him"]) == [0, 2]
+
+
+def test_a_short_prompt_takes_no_longer_one_with_it() -> None:
+    texts = ["Write", "Write a poem about the sea.", "Write a poem", "", "Hi", " Write "]
+    assert distinct_prompts(texts) == [0, 1, 2, 3, 4]
+    assert distinct_prompts(["Write a poem about the sea.", "Write"]) == [0, 1]
 
 
 def test_cap_keeps_the_first_of_each_owner() -> None:

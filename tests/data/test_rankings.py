@@ -179,3 +179,9 @@ def test_a_talk_is_the_same_to_a_model_without_a_template(write, raw_tokenizer) 
     ]
     data = load_rankings([write(*rows)], raw_tokenizer)
     assert len(set(data.items)) == 1 and len(data) == 4
+
+
+def test_equal_talks_are_said_to_be_equal(write, chat_tokenizer) -> None:
+    talk = [USER, says("four")]
+    with pytest.raises(DataError, match="rows.jsonl:1: chosen and rejected are equal"):
+        load_rankings([write({"prompt": "Why not?", "chosen": talk, "rejected": talk})], chat_tokenizer)

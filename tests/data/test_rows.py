@@ -239,3 +239,21 @@ def test_errors_of_the_hub_are_messages(monkeypatch, name) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refuses)
     with pytest.raises(DataError, match=r"org/set: cannot be loaded from the hub \(nothing there\)"):
         list(read_rows(DataSource("org/set")))
+
+
+def test_files_that_were_joined_with_their_marks(tmp_path: Path) -> None:
+    one = codecs.BOM_UTF8 + b'{"n": 1}\n'
+    (tmp_path / "a.jsonl").write_bytes(one + one)
+    assert [row.columns for row in read_rows(DataSource(str(tmp_path / "a.jsonl")))] == [{"n": 1}] * 2
+
+
+def test_a_row_over_several_lines_is_told_what_is_wanted(tmp_path: Path) -> None:
+    for text in ('[\n{"n": 1}]\n', '{\n"n": 1\n}\n'):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(DataError, match="a.jsonl:1: not JSON: .*; want an object a line"):
+            collect([str(tmp_path / "a.jsonl")], columns)
+
+
+def test_a_source_that_is_none_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"data source: got \{'path': 'a'\}; want a path or DataSource"):
+        collect([{"path": "a"}], columns)  # type: ignore[list-item]
