@@ -23,8 +23,12 @@ ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {"user": "Human: ", "assistant": "Assistant: ", "tool": "Tool: ", "system": ""}
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 CUE = "\n\nAssistant:"
-# Keys of a message that are no part of what it says, so that a prompt may do without them.
-BESIDE = frozenset({"role", "content", "name", "id", "tool_call_id", "weight"})
+# Keys of a message that say something beside its content. Others are records about it (names, dates, languages, scores),
+# of which data sets of real talks have a dozen.
+SAYS_MORE = frozenset(
+    {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thoughts", "refusal"}
+    | {"image", "images", "audio", "audios", "video", "videos", "documents", "citations"}
+)
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing: transformers hands each on as the others
 CALLS = ("tool_calls", "function_call")  # of a turn that may do without content
 # Columns that other trainers hand to the chat template, and what to do with them here.
@@ -282,7 +286,7 @@ def check_messages(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def check_shown(messages: Sequence[Message], template: str, column: str) -> None:
-    """A message says nothing that the template (none: "") has no place for, whatever key it is under.
+    """A message says nothing under another key that the template (none: "") has no place for.
 
     Raises:
         BadRow: the first key that would be lost.
@@ -290,7 +294,7 @@ def check_shown(messages: Sequence[Message], template: str, column: str) -> None
     for number, message in enumerate(messages):
         for key, value in message.items():
             names = REASONING if key in REASONING else (key,)
-            if value and key not in BESIDE and not any(reads(template, name) for name in names):
+            if value and key in SAYS_MORE and not any(reads(template, name) for name in names):
                 reason = f"{column}[{number}]: {key!r} would be lost; write it into the content as the model is to"
                 raise BadRow("more than content", f"{reason} see it, or leave it out")
 

@@ -213,10 +213,10 @@ def test_what_a_message_says_beside_its_content_is_not_lost(chat_tokenizer, raw_
     assert TextEncoder(raw_tokenizer).prompt(both) == raw_tokenizer("The cat sat")["input_ids"]
 
 
-@pytest.mark.parametrize("key", ["images", "refusal", "thoughts", "info"])
-def test_a_key_that_nobody_knows_is_not_lost(write, chat_tokenizer, key) -> None:
-    """Also one whose letters stand in the template: "info" in "information"."""
-    tokenizer = dated(chat_tokenizer, chat_tokenizer.chat_template + "{# .information #}")
+@pytest.mark.parametrize("key", ["images", "refusal", "thoughts"])
+def test_what_a_key_says_is_not_lost(write, chat_tokenizer, key) -> None:
+    """Also where its letters stand in the template, within a longer name."""
+    tokenizer = dated(chat_tokenizer, chat_tokenizer.chat_template + "{# .imagesize .refusals .thoughtsome #}")
     row = {"messages": [{**USER, key: "more"}, ASSISTANT]}
     with pytest.raises(DataError, match=rf"rows.jsonl:1: messages\[0\]: '{key}' would be lost"):
         load_sft([write(row)], tokenizer)
@@ -228,9 +228,11 @@ def test_a_key_that_nobody_knows_is_not_lost(write, chat_tokenizer, key) -> None
     assert len(load_sft([write(row)], tokenizer)) == 1
 
 
-def test_keys_that_say_nothing_may_be_there(write, chat_tokenizer) -> None:
+def test_records_about_a_message_may_be_there(write, chat_tokenizer) -> None:
+    """As in logs of real talks."""
     plain = {"messages": [USER, ASSISTANT]}
-    beside = {"name": "ann", "id": 7, "tool_call_id": "x", "weight": 1}
+    beside = {"name": "ann", "id": 7, "tool_call_id": "x", "weight": 1, "language": "English", "toxic": True}
+    beside |= {"timestamp": "2024-01-01", "header": {"user-agent": "x"}, "turn_identifier": 3}
     named = {"messages": [{**USER, **beside}, {**ASSISTANT, **beside}]}
     first, second = load_sft([write(plain, named)], chat_tokenizer)
     assert first == second
