@@ -47,8 +47,9 @@ DATE = {
 CLOCK = (
     "{%- macro strftime_now(format) %}{% set said = format"
     + "".join(f" | replace({key!r}, {value!r})" for key, value in DATE.items())
-    + " %}{% if '%' in said %}{{ raise_exception('it asks for the time as ' + format + '; write a date into it') }}{% endif %}"
-    + "{{ said }}{% endmacro +%}"  # +: a line that ends here stays
+    + " %}{% if '%' in said %}"
+    + "{{ raise_exception('it asks for the time as ' + format + '; write a date into it') }}"
+    + "{% endif %}{{ said }}{% endmacro +%}"  # +: a line that ends here stays
 )
 
 
