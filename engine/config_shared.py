@@ -131,6 +131,9 @@ class RunConfig:
         model = self.model_name_or_path
         require(bool(model), "model_name_or_path", model, "a folder or hub id")
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
+        for key in ("output_dir", "data_dir"):
+            path = getattr(self, key) or ""
+            require(not path.startswith("~"), key, path, "a whole path: no shell has put the home folder for ~")
         positive(
             self,
             "max_length",

@@ -66,6 +66,8 @@ def test_nested_values():
         (["--adam_beta1", "1.5"], "adam_beta1: got 1.5, want a number from 0 to 1"),
         (["--ptx_fraction", "0.1"], "ptx_fraction: got 0.1"),
         (["--preset", "smal"], "did you mean 'small'"),
+        (["--output_dir=~/run"], "output_dir: got '~/run', want a whole path"),
+        (["--data_dir=~/data"], "data_dir: got '~/data', want a whole path"),
         (["--learning_rate", ".inf"], "learning_rate: got inf, want a finite number, 0 or more"),
         (["--adam_epsilon", ".inf"], "adam_epsilon: got inf, want a finite number above 0"),
         (["--max_grad_norm", ".inf"], "max_grad_norm: got inf, want a finite number above 0, or 0, which turns"),

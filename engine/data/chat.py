@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {"user": "Human: ", "assistant": "Assistant: ", "tool": "Tool: ", "system": ""}
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 CUE = "\n\nAssistant:"
-# Keys of a message that say something beside its content. Others are records about it (names, dates, languages, scores),
+# Keys of a message that say something beside its content. Others are records about it (names, dates, languages),
 # of which data sets of real talks have a dozen.
 SAYS_MORE = frozenset(
     {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thoughts", "refusal"}
