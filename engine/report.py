@@ -16,8 +16,9 @@ from plotly.offline import get_plotlyjs
 
 from engine import report_figures as figures
 from engine import report_page as html
-from engine.errors import EngineError
+from engine.errors import EngineError, OutputError
 from engine.report_run import Run, read_runs
+from engine.run.files import check_output_file
 
 ABOUT = {
     "Reward and KL": "Over all episodes of an iteration; KL is summed over each answer.",
@@ -36,14 +37,13 @@ MAX_TIME_CURVES = 4
 
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
     """Write the report of the runs and return its path (default: report.html in the run's folder,
-    or here for several runs). Raises `EngineError` for a folder without metrics, and for an output that is a folder;
-    `OSError` where it cannot be written."""
+    or here for several runs). Raises `EngineError` for a folder without metrics, `OutputError` where the file cannot
+    be written."""
     if not folders:
         raise EngineError("report: got no run folder, want at least one")
-    if output is not None and Path(output).is_dir():
-        raise EngineError(f"output: got {output}, which is a folder; want the file to write")
     runs = read_runs(folders)
     path = Path(output) if output is not None else _default_output(runs)
+    check_output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(runs), encoding="utf-8")
     return path
@@ -128,7 +128,7 @@ def _default_output(runs: Sequence[Run]) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with a sentence on stderr when there is nothing to report, or no place for it."""
+    """Exit code 0, or with a sentence on stderr 2 (nothing to report) or 1 (the disk refuses)."""
     parser = argparse.ArgumentParser(prog="python -m engine.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of an engine.train run")
     parser.add_argument(
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = write_report(given.runs, given.output)
     except (EngineError, OSError) as error:
         print(f"engine.report: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, OutputError | OSError) else 2
     print(path)
     return 0
 

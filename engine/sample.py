@@ -11,6 +11,7 @@ A row of the file (JSON lines): ``prompt`` (text or messages), ``responses`` [K]
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import jsonargparse
 
 from engine.config import Device, Dtype, RunConfig, not_negative, positive, require
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
 
 if TYPE_CHECKING:  # torch is imported when the machine is settled, in main
     from engine.data.prompts import Prompt
@@ -153,6 +154,31 @@ def as_sampled(engine: HybridEngine, prompt: Prompt) -> str | list[dict[str, Any
     return [dict(message) for message in messages]
 
 
+def plain(value: Any) -> Any:
+    """A value of a data set with null for NaN and the infinities, for which JSON has no numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def not_json(prompts: Sequence[Prompt]) -> list[str]:
+    """The columns that the file has in another form than the data: dates and bytes of parquet, NaN."""
+
+    def is_json(value: Any) -> bool:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    found = {name for prompt in prompts for name, value in prompt.columns.items() if not is_json(value)}
+    return sorted(found - RESERVED)
+
+
 def candidate_rows(
     engine: HybridEngine, prompts: Sequence[Prompt], first: int, config: SampleConfig
 ) -> list[dict[str, Any]]:
@@ -185,7 +211,7 @@ def candidate_rows(
             "temperature": config.temperature,
             "model": config.model_name_or_path,
         }
-        rows.append({**own, **{k: v for k, v in prompt.columns.items() if k not in RESERVED}})
+        rows.append({**own, **{k: plain(v) for k, v in prompt.columns.items() if k not in RESERVED}})
     return rows
 
 
@@ -209,20 +235,19 @@ def sample(config: SampleConfig) -> Path:
     """Write the candidates file; it appears under its name when it is complete.
 
     Raises:
-        EngineError: a broken row of prompts, a scorer or a model that cannot be used.
-        OSError: the output cannot be written; a folder is found to be none before anything else.
+        EngineError: a broken row of prompts, a scorer or a model that cannot be used, or an output that cannot be
+            written.
     """
     from engine.data.prompts import load_prompts, not_for_rewards
     from engine.data.rows import DataSource
     from engine.generate.scheduler import Limits
     from engine.hybrid import HybridEngine
+    from engine.run.files import check_output_file
     from engine.run.session import set_threads
     from engine.stages.ppo.reward_sources import import_function
 
     output = Path(config.output)
-    if output.is_dir():
-        raise ConfigError(f"output: got {output}, which is a folder; want the file to write")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_output_file(output)
     set_threads(config.threads)
     function = import_function(config.rank_with) if config.rank_with else None
     limits = Limits(config.max_active, config.kv_cache_gb)
@@ -243,6 +268,9 @@ def sample(config: SampleConfig) -> Path:
     replaced = sorted({name for prompt in prompts for name in prompt.columns} & RESERVED)
     if replaced:
         tell(f"columns of the prompts that the file's own replace: {', '.join(replaced)}")
+    if changed := not_json(prompts):
+        told = "columns with values that JSON has not, written as text or, for NaN, as null"
+        tell(f"{told}: {', '.join(changed)}")
     for line in not_for_rewards(prompts) if function else ():
         tell(line)
     left_out: Counter[str] = Counter()
@@ -280,6 +308,7 @@ def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """Write rows as JSON lines beside ``path`` and move them there at the end."""
     from engine.data.prepare import json_line
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     with aside.open("w", encoding="utf-8") as file:
         for row in rows:

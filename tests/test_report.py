@@ -354,7 +354,7 @@ def test_duration() -> None:
 def test_an_output_that_cannot_be_written_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _rm(tmp_path / "rm")
     (tmp_path / "file").write_text("")
-    assert main([str(folder), "--output", str(tmp_path)]) == 2
-    assert f"output: got {tmp_path}, which is a folder" in capsys.readouterr().err
-    assert main([str(folder), "--output", str(tmp_path / "file" / "report.html")]) == 2
+    assert main([str(folder), "--output", str(tmp_path)]) == 1
+    assert f"output: got '{tmp_path}', which is a folder" in capsys.readouterr().err
+    assert main([str(folder), "--output", str(tmp_path / "file" / "report.html")]) == 1
     assert "engine.report: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -225,13 +226,15 @@ def test_a_row_holds_the_prompt_that_was_answered(template, tmp_path):
     ]
 
 
-def test_columns_that_are_no_json_are_written_as_text(folder, tmp_path):
+def test_columns_that_are_no_json_are_written_as_text(folder, tmp_path, capsys):
     day = datetime(2026, 1, 2, tzinfo=UTC)
-    table = pyarrow.table({"prompt": ["hello"], "day": [day], "price": [Decimal("1.50")]})
-    parquet.write_table(table, tmp_path / "prompts.parquet")
+    values = {"day": [day], "price": [Decimal("1.50")], "rate": [[1.5, math.nan]], "topic": ["a"]}
+    parquet.write_table(pyarrow.table({"prompt": ["hello"], **values}), tmp_path / "prompts.parquet")
     assert run(folder, tmp_path / "prompts.parquet", tmp_path / "out.jsonl") == 0
     (row,) = read(tmp_path / "out.jsonl")
-    assert (row["day"], row["price"]) == (str(day), "1.50")
+    assert (row["day"], row["price"], row["rate"], row["topic"]) == (str(day), "1.50", [1.5, None], "a")
+    said = capsys.readouterr().err
+    assert said.count("written as text or, for NaN, as null: day, price, rate\n") == 1
 
 
 def test_columns_named_as_a_scorers_arguments_are_not_given_to_it(folder, tmp_path, scorers, capsys):
@@ -247,7 +250,7 @@ def test_columns_named_as_a_scorers_arguments_are_not_given_to_it(folder, tmp_pa
 def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, prompts, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(folder, prompts, tmp_path) == 1
-    assert f"output: got {tmp_path}, which is a folder" in capsys.readouterr().err
+    assert f"output: got '{tmp_path}', which is a folder" in capsys.readouterr().err
     assert run(folder, prompts, tmp_path / "file" / "out.jsonl") == 1
     said = capsys.readouterr().err
     assert "sample: " in said and "file" in said and "rows read" not in said

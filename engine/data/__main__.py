@@ -21,7 +21,8 @@ from engine.data.prepare import PrepareSettings, prepare, read_prompts, write_pr
 from engine.data.rows import DataSource
 from engine.data.statistics import tables
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import EngineError
+from engine.errors import DataError, EngineError
+from engine.run.files import check_output_folder
 
 EXIT_FAILED = 1
 
@@ -73,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; errors of the engine's own are one message, not a traceback."""
     args = parser().parse_args(argv)
     try:
-        if args.output.exists() and not args.output.is_dir():
-            raise EngineError(f"output: got {args.output}, which is a file; want a folder")
         run(args)
     except (EngineError, OSError) as error:
         sys.stderr.write(f"python -m engine.data: {error}\n")
@@ -86,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
     """Reads, prepares, writes and prints."""
     names = [name for name in PrepareSettings.__dataclass_fields__ if hasattr(args, name)]
     settings = PrepareSettings(**{name: getattr(args, name) for name in names})
+    check_output(args.output, settings)
     console = Console(highlight=False)
     sources = [DataSource(path, args.dataset_split) for path in args.input]
     data = read_prompts(sources, settings.bad_rows)
@@ -102,6 +102,20 @@ def run(args: argparse.Namespace) -> None:
             table.add_row(*cells)
         console.print(table)
     console.print("wrote " + ", ".join(str(path) for path in paths), markup=False)
+
+
+def check_output(folder: Path, settings: PrepareSettings) -> None:
+    """Whether the result can be written, before anything is read.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+        DataError: it has one of the files already.
+    """
+    check_output_folder(folder)
+    splits = [f"{name}.jsonl" for name, share in settings.shares.items() if share > 0]
+    for path in (folder / name for name in (*splits, "statistics.json")):
+        if path.exists():
+            raise DataError(str(path), "is there already; give another --output or remove it")
 
 
 if __name__ == "__main__":

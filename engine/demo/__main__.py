@@ -45,15 +45,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; errors of the engine's own are one message, not a traceback."""
     args = build_parser().parse_args(argv)
+    from engine.run.files import check_output_file, check_output_folder
+
     try:
         if args.command == "model":
             from engine.demo.model import prepare
 
+            check_output_folder(args.output)
             made = prepare(args.output)
             print(f"model: {args.output}" + ("" if made else " (was there and is whole)"))
             return 0
+        check_output_folder(args.output_dir, "output_dir")
+        if args.results:
+            check_output_file(args.results, "results")
         return run(args)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         sys.stderr.write(f"python -m engine.demo: {error}\n")
         return EXIT_FAILED
 

@@ -260,18 +260,23 @@ def _ends(model: Model, tokenizer: Any | None) -> frozenset[int]:
     return model.eos_token_ids | (frozenset() if own is None else {own})
 
 
-def _ending_config(model: Model, ends: frozenset[int]) -> dict[str, Any] | None:
-    """generation_config.json, with every end: answers were sampled up to the tokenizer's, which the base may not name.
+def _ending_config(model: Model, ends: frozenset[int]) -> Mapping[str, Any] | None:
+    """generation_config.json with every end: answers were sampled up to the tokenizer's, which the base may not name.
 
-    None where there was none and config.json says it all.
+    transformers takes the ends of config.json only where there is no generation config; None: there was none, and it
+    says them all.
     """
-    known = model.generation_config
-    if ends == model.eos_token_ids:
-        return None if known is None else dict(known)
-    if known is None:
-        names = ("bos_token_id", "pad_token_id")
-        known = {name: model.config[name] for name in names if model.config.get(name) is not None}
-    return {**known, "eos_token_id": sorted(ends) if len(ends) > 1 else min(ends)}
+    given = model.generation_config
+    source = model.config if given is None else given
+    stored = source.get("eos_token_id")
+    known = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if ends <= set(known):
+        return given
+    if given is None:
+        given = {name: source[name] for name in ("bos_token_id", "pad_token_id") if source.get(name) is not None}
+    changed = {**given, "eos_token_id": [*known, *sorted(ends - set(known))] if len(ends) > 1 else min(ends)}
+    changed.pop("_from_model_config", None)  # it says that config.json has the same
+    return changed
 
 
 def _write(

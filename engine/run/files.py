@@ -33,6 +33,38 @@ def refusals_named(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_output_file(path: Path, name: str = "output") -> None:
+    """Whether a file can be written at `path`: asked before the work, whose result would be lost. Makes nothing.
+
+    Raises:
+        OutputError: a folder of that name is there, or the file or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise OutputError(f"{name}: got {str(path)!r}, which is a folder; want a file to write, {path / 'NAME'}, say")
+    _check_writable(path if path.exists() else path.parent, name, path)
+
+
+def check_output_folder(path: Path, name: str = "output") -> None:
+    """Whether files can be written into a folder `path`, which may be there already. Makes nothing.
+
+    Raises:
+        OutputError: a file of that name is there, or the folder cannot be made or written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{name}: got {str(path)!r}, which is a file; want a folder, new or there already")
+    _check_writable(path, name, path)
+
+
+def _check_writable(place: Path, name: str, path: Path) -> None:
+    """Whether `place`, or the nearest folder above it that is there, can be written to."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place != path and not place.is_dir():
+        raise OutputError(f"{name}: got {str(path)!r}, but {place} is a file, no folder; give another path")
+    if not os.access(place, os.W_OK):
+        raise OutputError(f"{name}: got {str(path)!r}, but {place} cannot be written to; allow it or give another path")
+
+
 def sync(path: Path) -> None:
     """Force a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

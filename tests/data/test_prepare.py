@@ -243,10 +243,3 @@ def test_rows_that_the_template_refuses(chat_tokenizer) -> None:
     done = prepare([row("no"), row("yes")], PrepareSettings(bad_rows="skip"), tokenizer)
     assert done.removed["chat template"] == 1
     assert sum(map(len, done.splits.values())) == 1
-
-
-def test_an_output_that_is_a_file_is_a_message(write, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
-    out.write_text("")
-    assert main(["prepare", "--input", write(*many(3)), "--output", str(out), "--tokenizer", "none"]) == 1
-    assert f"output: got {out}, which is a file; want a folder" in capsys.readouterr().err

@@ -103,6 +103,17 @@ def test_the_saved_policy_ends_where_it_was_trained_to(has_config, tmp_path):
     assert made.tolist() == [[7, 8, tokenizer.eos_token_id]]
 
 
+def test_an_end_that_config_json_alone_names_is_saved_where_it_is_read(tmp_path):
+    """Where there is a generation config, transformers takes no end from config.json."""
+    tokenizer = byte_tokenizer()
+    build("llama").save_pretrained(tmp_path / "in")
+    edit_config(tmp_path / "in", eos_token_id=tokenizer.eos_token_id)
+    (tmp_path / "in" / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    save_policy(load_policy(tmp_path / "in", "float32"), tmp_path / "out", tokenizer=tokenizer)
+    saved = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (saved.eos_token_id, saved.temperature) == (tokenizer.eos_token_id, 0.7)
+
+
 def test_eos_of_the_config_where_there_is_no_generation_config(tmp_path):
     save("llama", tmp_path)
     (tmp_path / "generation_config.json").unlink()
