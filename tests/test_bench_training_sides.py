@@ -191,7 +191,8 @@ def test_extra_memory_is_what_a_call_takes_beside_its_gradients():
     keep_freed()  # as a run in this process may have: the gradient then comes from what is at hand
     at_hand = [torch.ones(1 << 20) for _ in range(20)]  # below malloc's size for a mapping of their own
     del at_hand
-    assert training_kernels.extra_memory(run) == pytest.approx(size, rel=0.1)
+    # A system that reclaims pages nobody touches lowers what is resident meanwhile; nothing raises it.
+    assert max(training_kernels.extra_memory(run) for _ in range(3)) == pytest.approx(size, rel=0.1)
 
 
 @pytest.mark.parametrize("name", train.OPS)
