@@ -35,26 +35,28 @@ def ppo_config(setting: dict[str, str], out: Path) -> dict:
     }  # fmt: skip
 
 
+# Together, since a start of two processes takes longer than what most of these do.
 @pytest.mark.parametrize(
-    "check",
+    "checks",
     [
-        "a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "a_full_disk", "writing_beside_training",
-        "another_config", "from_an_earlier_checkpoint",
+        ("a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "from_an_earlier_checkpoint"),
+        ("a_full_disk", "writing_beside_training", "another_config", "the_same_choice"),
     ],
-)  # fmt: skip
-def test_of_a_supervised_run(check, setting, tmp_path):
-    run_jobs(2, [(f"run.rank_faults:{check}", {"config": sft_config(setting, tmp_path / "run")})], tmp_path)
+    ids=["faults", "folders"],
+)
+def test_of_a_supervised_run(checks, setting, tmp_path):
+    jobs = []
+    for check in checks:
+        config = sft_config(setting, tmp_path / check)
+        if check == "the_same_choice":
+            config["micro_batch_tokens"] = None
+        jobs.append((f"run.rank_faults:{check}", {"config": config}))
+    run_jobs(2, jobs, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["raises", "hangs"])
-def test_a_reward_that_fails_costs_no_iteration(how, setting, tmp_path):
-    arguments = {"config": ppo_config(setting, tmp_path / "run"), "how": how}
-    run_jobs(2, [("run.rank_faults:a_reward_that_fails", arguments)], tmp_path)
-
-
-def test_ranks_choose_the_same_micro_batches(setting, tmp_path):
-    config = {**sft_config(setting, tmp_path / "run"), "micro_batch_tokens": None}
-    run_jobs(2, [("run.rank_faults:the_same_choice", {"config": config})], tmp_path)
+def test_a_reward_that_fails_costs_no_iteration(setting, tmp_path):
+    ways = [{"config": ppo_config(setting, tmp_path / how), "how": how} for how in ("raises", "hangs")]
+    run_jobs(2, [("run.rank_faults:a_reward_that_fails", arguments) for arguments in ways], tmp_path)
 
 
 def test_two_runs_in_one_folder(setting, tmp_path):
