@@ -125,6 +125,26 @@ def test_a_validation_that_was_made_up_is_not_made_twice(setting, tmp_path, call
     assert ours == theirs
 
 
+def test_a_run_without_a_checkpoint_begins_with_its_validation_again(setting, tmp_path, calls, monkeypatch):
+    """The records of the one that was killed before its first checkpoint are moved away, that validation's too."""
+    calls(1000)
+    more = {"eval_dataset_name": setting["prompts"], "eval_num_prompts": 2, "resume_from_checkpoint": "true"}
+
+    def die(*_):
+        raise Killed
+
+    config = faulty.ppo(setting, tmp_path / "run", "raises", **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "iterate", die)
+        with pytest.raises(Killed):
+            engine.train_ppo(config)
+    assert [r["step"] for r in records(tmp_path / "run")] == [0]
+    engine.train_ppo(config)
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "whole", "raises", **more))
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert (tmp_path / "run" / "samples" / "before-0.jsonl").exists()
+
+
 def test_a_checkpoint_that_was_due_is_kept_though_its_validation_failed(setting, tmp_path, calls):
     more = {"eval_dataset_name": setting["prompts"], "eval_num_prompts": 2, "eval_steps": 1}
     more |= {"save_steps": 2, "total_episodes": 16, "save_total_limit": 3}

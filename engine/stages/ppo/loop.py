@@ -67,7 +67,7 @@ def train_ppo(config: PPOConfig) -> Path:
     with Session(config, "ppo", config.num_iterations, LIVE, ranks) as session:
         session.start(identities(config, data), (*data.reports, chosen))
         due = restore(session, ppo)
-        if due and not is_evaluated(session, ppo.iteration):
+        if due:
             log_evaluation(session, ppo, rewards, data, due)
         untold: dict[str, float] = {}
         while ppo.iteration < config.num_iterations:
@@ -192,11 +192,12 @@ def restore(session: Session, ppo: PPO) -> str | None:
     due = found.state.get("evaluation_due")
     if due not in PHASES:
         raise CheckpointError(f"{found.path}: evaluation_due is {str(due)[:40]!r}, want one of {PHASES}")
-    return due
+    return None if due and is_evaluated(session, ppo.iteration) else due
 
 
 def is_evaluated(session: Session, step: int) -> bool:
-    """Whether the records have the evaluation of `step`: a run that ended before its next checkpoint has made it up."""
+    """Whether records that go on have the evaluation of `step`: a run that ended before its next checkpoint has made it
+    up."""
     path = session.folder / METRICS
 
     def found() -> bool:
