@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine.data import __main__ as data
 from engine.demo import __main__ as demo
 from engine.demo import model as demo_model
 from engine.hybrid import HybridEngine
+from engine.run import files
 
 
 class Worked(Exception):
@@ -94,3 +96,17 @@ def test_splits_that_are_there_are_not_prepared_again(file, tmp_path, no_work, r
 def test_an_output_that_can_be_is_none_of_it(name, deep, run_folder, tmp_path, no_work):
     with pytest.raises(Worked):
         command(name, tmp_path / ("deep/new/out" if deep else "out"), run_folder)
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_a_home_that_no_shell_has_put_in_is_refused(name, run_folder, no_work, capsys):
+    assert command(name, Path("~/out"), run_folder) == 1
+    assert "got '~/out', want a whole path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_a_place_that_may_not_be_written_to_is_named(name, run_folder, tmp_path, no_work, monkeypatch, capsys):
+    """Told by the system here, since who runs the tests may be allowed everything."""
+    monkeypatch.setattr(files.os, "access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK))
+    assert command(name, tmp_path / "deep" / "out", run_folder) == 1
+    assert f"but {tmp_path} cannot be written to" in capsys.readouterr().err

@@ -57,6 +57,8 @@ def check_output_folder(path: Path, name: str = "output") -> None:
 
 def _check_writable(place: Path, name: str, path: Path) -> None:
     """Whether `place`, or the nearest folder above it that is there, can be written to."""
+    if str(path).startswith("~"):
+        raise OutputError(f"{name}: got {str(path)!r}, want a whole path: no shell has put the home folder for ~")
     while not place.exists() and place != place.parent:
         place = place.parent
     if place != path and not place.is_dir():

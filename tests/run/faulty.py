@@ -8,6 +8,7 @@ from small_engines import save_tiny
 from stages.tiny_data import write_all
 
 import engine
+from engine.run.session import Session
 
 COMMON = {"threads": 1, "progress": False, "dtype": "float32"}
 
@@ -47,6 +48,17 @@ def ppo(setting: dict[str, str], out: Path, reward: str = "length", **more) -> e
     values |= {"rewards": [engine.RewardSource(source=f"run.faulty:{reward}")], "save_steps": 100}
     values |= {"dataset_name": setting["prompts"], "model_name_or_path": setting["model"]} | COMMON
     return engine.PPOConfig(output_dir=str(out), **(values | more))
+
+
+def written_at_once(monkeypatch) -> None:
+    """The metrics of a checkpoint are there at the step after it, however slow the disk is."""
+    real = Session.check
+
+    def check(session: Session) -> dict[str, float]:
+        session._saver.wait()  # wait_for_save would take its metrics
+        return real(session)
+
+    monkeypatch.setattr(Session, "check", check)
 
 
 class State:

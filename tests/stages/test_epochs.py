@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from run import faulty
 from small_engines import CONTEXT, save_tiny
 from stages.tiny_data import write, write_all
 
 import engine
 from engine.data.tokenizer import load_tokenizer
-from engine.run.session import Session
 from engine.stages.inputs import best_answer, load_rm_data
 
 COMMON = {"threads": 1, "progress": False, "dtype": "float32", "max_length": 80}
@@ -23,13 +23,7 @@ def setting(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("logging_steps,lines", [(1, [3, 5]), (2, [4, 6]), (5, [5])])
 def test_metrics_of_a_checkpoint_wait_for_the_next_line(logging_steps, lines, setting, tmp_path, monkeypatch):
     """Written at once here, checkpoints of steps 2 and 4 are known of at steps 3 and 5; that of step 6 at the end."""
-    real = Session.check
-
-    def written(session):
-        session._saver.wait()
-        return real(session)
-
-    monkeypatch.setattr(Session, "check", written)
+    faulty.written_at_once(monkeypatch)
     config = engine.SFTConfig(
         model_name_or_path=setting["model"],
         output_dir=str(tmp_path / "run"),

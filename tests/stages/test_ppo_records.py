@@ -10,7 +10,6 @@ from stages.tiny_data import write
 
 import engine
 from engine.model.weights import save_scalar, scalar_from_policy
-from engine.run.session import Session
 from engine.stages.ppo import evaluate
 from engine.stages.ppo.reward_sources import load_rewards, term_names
 
@@ -96,13 +95,7 @@ def test_the_perplexity_of_a_diverged_policy_is_infinite(loss, setting, tmp_path
 @pytest.mark.parametrize("logging_steps,lines", [(1, [3, 5]), (2, [4, 6]), (5, [5])])
 def test_metrics_of_a_checkpoint_wait_for_the_next_line(logging_steps, lines, setting, tmp_path, monkeypatch):
     """Written at once here: those of iterations 2 and 4 are known of at 3 and 5, that of 6 at the end."""
-    real = Session.check
-
-    def written(session):
-        session._saver.wait()
-        return real(session)
-
-    monkeypatch.setattr(Session, "check", written)
+    faulty.written_at_once(monkeypatch)
     config = faulty.ppo(
         setting, tmp_path / "run", total_episodes=24, save_steps=2, logging_steps=logging_steps
     )
