@@ -79,7 +79,7 @@ def load_rankings(
         prompt = tuple(encoder.prompt(talk))
         if not prompt:
             raise BadRow("empty prompt", "prompt: no tokens are left of it")
-        if encoder.has_template and has_no_prompt(row.columns):
+        if encoder.has_template and is_cut(row.columns):
             # Cut from running text, they begin with the white space that a turn's text has not.
             answers = tuple(answer.strip() for answer in answers)
         responses = tuple(tuple(encoder.answer(answer, talk)) for answer in answers)
@@ -160,11 +160,10 @@ def parse_pair(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float, ..
     """
     chosen, rejected = columns["chosen"], columns["rejected"]
     check_not_for_template(columns)
-    if has_no_prompt(columns):
+    if is_cut(columns):
         talk, answers = split_pair(chosen, rejected)
-    elif is_whole_talk(chosen) and is_whole_talk(rejected):
-        talk, answers = split_pair(chosen, rejected)
-        check_shared(columns, talk.messages or ())
+        if not has_no_prompt(columns):
+            check_shared(columns, talk.messages or ())
     else:
         talk, answers = check_prompt(columns, "prompt"), (chosen, rejected)
     texts = tuple(
@@ -178,6 +177,11 @@ def is_whole_talk(value: Any) -> bool:
     """Whether it is a list of messages that begins with a prompt's, as those of HuggingFaceH4's pairs do."""
     first = value[0] if isinstance(value, (list, tuple)) and value else None
     return isinstance(first, Mapping) and first.get("role") in ("system", "user")
+
+
+def is_cut(columns: Columns) -> bool:
+    """Whether a pair's answers are the ends of two talks, for lack of a prompt or beside it."""
+    return has_no_prompt(columns) or all(is_whole_talk(columns.get(name)) for name in ("chosen", "rejected"))
 
 
 def check_shared(columns: Columns, shared: Sequence[Message]) -> None:

@@ -155,6 +155,9 @@ def test_whole_talks_beside_their_prompt(write, chat_tokenizer) -> None:
     rows = [plain, {**pair, "prompt": "Why not?", "messages": chosen}, {**pair, "prompt": [USER]}, pair]
     data = load_rankings([write(*rows)], chat_tokenizer)
     assert len(set(data.items)) == 1 and len(data) == 4
+    spaced = {"chosen": [USER, says(" four")], "rejected": [USER, says("five ")]}
+    data = load_rankings([write(pair, spaced, {**spaced, "prompt": "Why not?"})], chat_tokenizer)
+    assert len(set(data.items)) == 1 and len(data) == 3
     longer = {"prompt": "Why not?", "chosen": [system, *chosen], "rejected": [system, *rejected]}
     (group,) = load_rankings([write(longer)], chat_tokenizer)
     assert group.prompt == tuple(TextEncoder(chat_tokenizer).prompt(Talk(None, (system, USER))))
