@@ -2,7 +2,8 @@
 
 A kernel's file has two halves (csrc/cpu/dispatch.h): the loops are compiled once a class of CPU (plain, avx2, avx512,
 amx), each with its own flags, and one class is chosen when the library is loaded: no -march=native, so a wheel runs on
-any machine. The other half, checks and registration, is compiled once, over a precompiled copy of torch's headers.
+any machine. The other halves, checks and registration, are compiled once, some at a time, over a precompiled copy of
+torch's headers.
 Objects are kept in build/objects and made again only when what they are made from has changed. Without a compiler
 nothing is built and the engine runs on the torch definitions; it says so when it starts.
 
@@ -16,6 +17,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +29,8 @@ OBJECTS = ROOT / "build" / "objects"
 MODULE = ROOT / "csrc" / "cpu" / "dispatch.cpp"  # holds the Python module; torch's builder compiles it
 SOURCES = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path != MODULE)
 HEADERS = sorted((ROOT / "csrc" / "cpu").glob("*.h"))
-TORCH_HEADERS = "#include <ATen/ATen.h>\n#include <ATen/Parallel.h>\n#include <torch/library.h>\n"
+TORCH_HEADERS = ROOT / "csrc" / "cpu" / "tensors.h"
+BATCH = 6  # host halves that are compiled as one file: torch's templates, most of their time, are instantiated once
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
@@ -69,7 +72,7 @@ def stamp() -> str:
     """What every object depends on beside its sources: compiler, flags, torch."""
     import torch
 
-    return f"{compiler()} {FLAGS} {CLASSES} {torch.__version__} {TORCH_HEADERS}"
+    return f"{compiler()} {FLAGS} {CLASSES} {torch.__version__} {TORCH_HEADERS.read_text()}"
 
 
 def empty_unless(folder: Path, stamp: str) -> None:
@@ -94,9 +97,9 @@ def made_from(source: Path) -> set[Path]:
     return found
 
 
-def make(target: Path, source: Path, command: list[str]) -> bool:
+def make(target: Path, sources: Iterable[Path], command: list[str]) -> bool:
     """Runs `command -o target` where the target is missing or older than its sources."""
-    newest = max(path.stat().st_mtime for path in made_from(source))
+    newest = max(path.stat().st_mtime for source in sources for path in made_from(source))
     if target.exists() and target.stat().st_mtime >= newest:
         return False
     aside = target.with_suffix(f".{os.getpid()}.tmp")  # two builds at once never see half an object
@@ -109,7 +112,7 @@ def precompile_torch_headers() -> Path:
     """A header next to its precompiled form; the compiler takes the latter by itself where it fits."""
     header = OBJECTS / "torch_headers.h"
     if not header.exists():
-        header.write_text(TORCH_HEADERS)
+        header.write_text(f'#include "{TORCH_HEADERS}"\n')
     compiled = OBJECTS / "torch_headers.h.gch"
     if not compiled.exists():
         aside = compiled.with_suffix(f".{os.getpid()}.tmp")
@@ -119,16 +122,26 @@ def precompile_torch_headers() -> Path:
     return header
 
 
-def compile_half(source: Path, name: str | None, header: Path) -> str:
-    """One kernel file -> the object of one class, or (name None) of its checks and registration."""
-    target = OBJECTS / f"{source.stem}.{name or 'op'}.o"
-    if name is None:
-        flags = [*torch_flags(), "-include", str(header)]
-    else:
-        flags = [*FLAGS, *CLASSES[name], f"-DENGINE_CLASS={name}"]
-    made = make(target, source, [str(compiler()), *flags, "-c", str(source)])
-    if made and name is not None:
+def compile_loops(source: Path, name: str) -> str:
+    """The loops of one kernel file -> the object of one class."""
+    target = OBJECTS / f"{source.stem}.{name}.o"
+    flags = [*FLAGS, *CLASSES[name], f"-DENGINE_CLASS={name}"]
+    if make(target, [source], [str(compiler()), *flags, "-c", str(source)]):
         refuse_shared_inlines(target)
+    return str(target)
+
+
+def batches() -> list[list[Path]]:
+    """The kernel files whose host halves are compiled together: what they define without a name must not collide."""
+    return [SOURCES[i : i + BATCH] for i in range(0, len(SOURCES), BATCH)]
+
+
+def compile_batch(sources: list[Path], header: Path) -> str:
+    """The host halves of some kernel files -> one object, over the precompiled header."""
+    together = OBJECTS / f"{sources[0].stem}-{sources[-1].stem}.cpp"
+    together.write_text("".join(f'#include "{source}"\n' for source in sources))
+    target = together.with_suffix(".o")
+    make(target, sources, [str(compiler()), *torch_flags(), "-include", str(header), "-c", str(together)])
     return str(target)
 
 
@@ -148,8 +161,8 @@ def compile_kernels() -> list[str]:
     empty_unless(OBJECTS, stamp())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         header = pool.submit(precompile_torch_headers)
-        halves = [pool.submit(compile_half, source, name, OBJECTS) for source, name in class_halves()]
-        halves += [pool.submit(compile_half, source, None, header.result()) for source in SOURCES]
+        halves = [pool.submit(compile_loops, source, name) for source, name in class_halves()]
+        halves += [pool.submit(compile_batch, sources, header.result()) for sources in batches()]
         return [half.result() for half in halves]
 
 
@@ -210,7 +223,7 @@ def compile_cuda(target: Path) -> None:
     objects = [CUDA_OBJECTS / f"{source.stem}.o" for source in CUDA_SOURCES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pairs = zip(objects, CUDA_SOURCES, strict=True)
-        done = [pool.submit(make, made, source, [*command, "-c", str(source)]) for made, source in pairs]
+        done = [pool.submit(make, made, [source], [*command, "-c", str(source)]) for made, source in pairs]
         for each in done:
             each.result()
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10"]

@@ -69,7 +69,7 @@ def class_flags() -> dict[str, list[str]]:
 def compile_loops(source: Path, name: str, flags: list[str]) -> str:
     target = FOLDER / f"{source.stem}.{name}.o"
     command = [str(builder.compiler()), *FLAGS, *SANITIZE, *flags, f"-DENGINE_CLASS={name}", "-c"]
-    builder.make(target, source, [*command, str(source)])
+    builder.make(target, [source], [*command, str(source)])
     return str(target)
 
 
@@ -79,7 +79,7 @@ def compile_module() -> str:
     include = f"-I{sysconfig.get_path('include')}"
     command = [str(builder.compiler()), *builder.torch_flags(), "-O1", include, *every]
     source = builder.MODULE
-    builder.make(target, source, [*command, "-DTORCH_EXTENSION_NAME=_C", "-c", str(source)])
+    builder.make(target, [source], [*command, "-DTORCH_EXTENSION_NAME=_C", "-c", str(source)])
     return str(target)
 
 
@@ -108,10 +108,7 @@ def build() -> None:
                 pool.submit(compile_loops, source, name, class_flags()[name])
                 for source, name in builder.class_halves()
             ]
-            halves += [
-                pool.submit(builder.compile_half, source, None, header)
-                for source in builder.SOURCES
-            ]
+            halves += [pool.submit(builder.compile_batch, sources, header) for sources in builder.batches()]
             link([half.result() for half in halves])
 
 

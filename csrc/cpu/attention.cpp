@@ -36,7 +36,7 @@ void attention_rows(const Attention& job, const Heads& heads, const Keys& keys, 
 namespace engine {
 namespace {
 
-struct Task {
+struct QueryTask {
   int64_t segment, key_head;
   Rows rows;
 };
@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   at::Tensor lse = at::empty({q.size(0), heads.query_heads}, q.options().dtype(at::kFloat));
   const Attention job{q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), out.data_ptr(),
                       lse.data_ptr<float>()};
-  std::vector<Task> tasks;
+  std::vector<QueryTask> tasks;
   std::vector<int64_t> work;
   for (int64_t s = 0; s < segments.count; ++s)
     for (int64_t h = 0; h < heads.key_heads; ++h)

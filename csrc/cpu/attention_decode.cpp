@@ -308,7 +308,7 @@ void check_pages(const at::Tensor& page_table, const at::Tensor& lengths, int64_
   }
 }
 
-struct Task {
+struct HeadTask {
   RowGroup group;
   int64_t head0, head1;
 };
@@ -321,10 +321,10 @@ std::vector<int64_t> positions_of(const at::Tensor& lengths) {
 }
 
 // Rows that share keys go together, head by head; another row is one task, or one a head where there are few.
-std::vector<Task> tasks_of(const at::Tensor& page_table, const std::vector<int64_t>& positions, const Heads& heads) {
+std::vector<HeadTask> tasks_of(const at::Tensor& page_table, const std::vector<int64_t>& positions, const Heads& heads) {
   const int64_t rows = page_table.size(0), most_pages = page_table.size(1), most = most_rows_of_group(rows, heads);
   const int64_t each = rows >= 2 * at::get_num_threads() ? heads.key_heads : 1;
-  std::vector<Task> tasks;
+  std::vector<HeadTask> tasks;
   for (int64_t r = 0; r < rows;) {
     const int32_t* const pages = page_table.const_data_ptr<int32_t>() + r * most_pages;
     const RowGroup group = first_group({r, rows - r, 0, positions.data() + r, pages, most_pages}, most);
@@ -350,9 +350,9 @@ at::Tensor attention_decode(const at::Tensor& q, const at::Tensor& k_pages, cons
   at::Tensor out = at::empty_like(q);
   const Attention job{q.const_data_ptr(), k_pages.const_data_ptr(), v_pages.const_data_ptr(), out.data_ptr(), nullptr};
   const std::vector<int64_t> positions = positions_of(lengths);
-  const std::vector<Task> tasks = tasks_of(page_table, positions, heads);
+  const std::vector<HeadTask> tasks = tasks_of(page_table, positions, heads);
   std::vector<int64_t> work;
-  for (const Task& t : tasks)
+  for (const HeadTask& t : tasks)
     work.push_back(t.group.rows * (t.group.position[0] + 1) * (t.head1 - t.head0) * heads.size *
                    (heads.group() * 2 + 4));
   share_out(work, attention_decode_scratch(heads), [&](int64_t i, float* scratch) {

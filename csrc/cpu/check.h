@@ -1,7 +1,7 @@
 // Checks at an operator's border. Messages say: what was given, what is wanted.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "tensors.h"
 
 namespace engine {
 

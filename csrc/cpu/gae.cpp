@@ -113,10 +113,10 @@ void gae_episode_backward(const float* grad_advantage, const float* grad_returns
 namespace engine {
 namespace {
 
-constexpr int64_t kTokensPerTask = 8192;  // about 20 us of work: less is not worth a thread
+constexpr int64_t kGaeTokensPerTask = 8192;  // about 20 us of work: less is not worth a thread
 
 int64_t episodes_per_task(int64_t num_tokens, int64_t num_episodes) {
-  return std::max<int64_t>(1, num_episodes * kTokensPerTask / std::max<int64_t>(num_tokens, 1));
+  return std::max<int64_t>(1, num_episodes * kGaeTokensPerTask / std::max<int64_t>(num_tokens, 1));
 }
 
 std::tuple<at::Tensor, at::Tensor> gae(const at::Tensor& reward, const at::Tensor& value, const at::Tensor& cu,

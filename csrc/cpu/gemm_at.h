@@ -1,9 +1,8 @@
 // Operands of products made from tensors, and products on threads. Host half only; the layouts are in gemm.h.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include "gemm.h"
+#include "tensors.h"
 
 namespace engine {
 

@@ -95,7 +95,7 @@ void kl_tokens_backward(const float* grad_reward, const float* grad_kl, const fl
 namespace engine {
 namespace {
 
-constexpr int64_t kTokensPerTask = 16384;  // about 10 us of work: less is not worth a thread
+constexpr int64_t kKlTokensPerTask = 16384;  // about 10 us of work: less is not worth a thread
 
 // after_end: the last slot of a segment stands after its tokens and has no KL (score_at="eos_plus_one").
 std::tuple<at::Tensor, at::Tensor> kl_reward(const at::Tensor& logprob, const at::Tensor& ref_logprob,
@@ -110,7 +110,7 @@ std::tuple<at::Tensor, at::Tensor> kl_reward(const at::Tensor& logprob, const at
   const auto run = pick_kl_tokens();
   const float *lp = logprob.const_data_ptr<float>(), *ref = ref_logprob.const_data_ptr<float>();
   float *r = reward.data_ptr<float>(), *k = kl.data_ptr<float>();
-  at::parallel_for(0, num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, num_tokens, kKlTokensPerTask, [&](int64_t begin, int64_t end) {
     run(lp + begin, ref + begin, end - begin, static_cast<int>(estimator), static_cast<float>(beta), r + begin,
         k + begin);
   });
@@ -143,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kl_reward_backward(const at::Tens
   const float *lp = logprob.const_data_ptr<float>(), *ref = ref_logprob.const_data_ptr<float>();
   float *dlp = grad_logprob.data_ptr<float>(), *dref = grad_ref_logprob.data_ptr<float>();
   float* dscore = grad_score.data_ptr<float>();
-  at::parallel_for(0, num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, num_tokens, kKlTokensPerTask, [&](int64_t begin, int64_t end) {
     run(gr + begin, gk + begin, lp + begin, ref + begin, end - begin, static_cast<int>(estimator),
         static_cast<float>(beta), dlp + begin, dref + begin);
   });

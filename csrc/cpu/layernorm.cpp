@@ -82,7 +82,7 @@ void layernorm_rows_backward(const void* grad, bool grad_bf16, const void* x, bo
 namespace engine {
 namespace {
 
-void check_inputs(const at::Tensor& x, const at::Tensor& weight) {
+void check_layernorm(const at::Tensor& x, const at::Tensor& weight) {
   check_cpu_contiguous(x, "x");
   check_activation(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 2, "x: got shape ", x.sizes(), ", want (N, H)");
@@ -92,7 +92,7 @@ void check_inputs(const at::Tensor& x, const at::Tensor& weight) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layernorm(const at::Tensor& x, const at::Tensor& weight,
                                                          const std::optional<at::Tensor>& bias, double eps,
                                                          at::ScalarType out_dtype) {
-  check_inputs(x, weight);
+  check_layernorm(x, weight);
   if (bias) check_float_vector(*bias, x.size(1), "bias");
   const int64_t rows = x.size(0), width = x.size(1);
   at::Tensor out = at::empty(x.sizes(), x.options().dtype(out_dtype));
@@ -112,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layernorm(const at::Tensor& x, co
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layernorm_backward(const at::Tensor& grad, const at::Tensor& x,
                                                                   const at::Tensor& weight, const at::Tensor& mean,
                                                                   const at::Tensor& rstd) {
-  check_inputs(x, weight);
+  check_layernorm(x, weight);
   check_cpu_contiguous(grad, "grad");
   check_activation(grad, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad: got shape ", grad.sizes(), ", want ", x.sizes());

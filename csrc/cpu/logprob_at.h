@@ -1,10 +1,9 @@
 // What linear_logprob and linear_sample share on tensors. Host half only.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include "gemm_at.h"
 #include "logprob.h"
+#include "tensors.h"
 
 namespace engine {
 

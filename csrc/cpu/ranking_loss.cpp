@@ -86,16 +86,16 @@ RankingSums ranking_prompts(const Prompts& prompts, int64_t reduction, double to
 namespace engine {
 namespace {
 
-constexpr int64_t kBlocksPerTask = 16;
+constexpr int64_t kPromptBlocksPerTask = 16;
 
 // run(block, prompts of the block, room) for all blocks, on all threads; `room` is for so many numbers.
 template <typename Run>
 void in_blocks(const Prompts& all, int64_t numbers, const Run& run) {
   const int64_t blocks = (all.number + kPromptsPerBlock - 1) / kPromptsPerBlock, threads = at::get_num_threads();
-  const int64_t tasks = (blocks + kBlocksPerTask - 1) / kBlocksPerTask;
+  const int64_t tasks = (blocks + kPromptBlocksPerTask - 1) / kPromptBlocksPerTask;
   std::vector<double> room(numbers * threads);
   Team::each(tasks, threads, [&](int64_t thread, int64_t task) {
-    for (int64_t b = task * kBlocksPerTask; b < std::min(blocks, (task + 1) * kBlocksPerTask); ++b) {
+    for (int64_t b = task * kPromptBlocksPerTask; b < std::min(blocks, (task + 1) * kPromptBlocksPerTask); ++b) {
       Prompts some = all;
       some.offset += b * kPromptsPerBlock;
       some.number = std::min(kPromptsPerBlock, all.number - b * kPromptsPerBlock);

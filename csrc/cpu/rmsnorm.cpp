@@ -69,7 +69,7 @@ void rmsnorm_rows_backward(const void* grad, bool grad_bf16, const void* x, bool
 namespace engine {
 namespace {
 
-void check_inputs(const at::Tensor& x, const at::Tensor& weight) {
+void check_rmsnorm(const at::Tensor& x, const at::Tensor& weight) {
   check_cpu_contiguous(x, "x");
   check_activation(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 2, "x: got shape ", x.sizes(), ", want (N, H)");
@@ -78,7 +78,7 @@ void check_inputs(const at::Tensor& x, const at::Tensor& weight) {
 
 std::tuple<at::Tensor, at::Tensor> rmsnorm(const at::Tensor& x, const at::Tensor& weight, double eps,
                                            at::ScalarType out_dtype) {
-  check_inputs(x, weight);
+  check_rmsnorm(x, weight);
   const int64_t rows = x.size(0), width = x.size(1);
   at::Tensor out = at::empty(x.sizes(), x.options().dtype(out_dtype));
   check_activation(out, "out_dtype");
@@ -96,7 +96,7 @@ std::tuple<at::Tensor, at::Tensor> rmsnorm(const at::Tensor& x, const at::Tensor
 
 std::tuple<at::Tensor, at::Tensor> rmsnorm_backward(const at::Tensor& grad, const at::Tensor& x,
                                                     const at::Tensor& weight, const at::Tensor& rstd) {
-  check_inputs(x, weight);
+  check_rmsnorm(x, weight);
   check_cpu_contiguous(grad, "grad");
   check_activation(grad, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad: got shape ", grad.sizes(), ", want ", x.sizes());

@@ -1,8 +1,7 @@
 // Sums over the rows of a batch (the gradients of a norm's weights) that do not depend on the number of threads.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include "tensors.h"
 
 namespace engine {
 

@@ -18,7 +18,7 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kBlocksPerTask = 2;
+constexpr int64_t kLogitBlocksPerTask = 2;
 
 // What a step reads and writes, and the phases that every thread goes through. Of prompts only the last rows go on behind
 // the last layer's attention.
@@ -55,8 +55,8 @@ class Step {
   void sample(Team::Member& team, const Head& head, const Drawn& drawn, Watch& watch) const {
     const int64_t count = seq_.count, blocks = vocabulary_blocks(head.vocabulary);
     const auto statistics = pick_logprob_statistics();
-    team.each((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t i) {
-      const int64_t begin = i * kBlocksPerTask, end = std::min(begin + kBlocksPerTask, blocks);
+    team.each((blocks + kLogitBlocksPerTask - 1) / kLogitBlocksPerTask, [&](int64_t i) {
+      const int64_t begin = i * kLogitBlocksPerTask, end = std::min(begin + kLogitBlocksPerTask, blocks);
       statistics(head, 0, count, begin, end, nullptr, drawn.statistics, nullptr, nullptr);
     });
     watch.mark(kHead);

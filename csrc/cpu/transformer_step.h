@@ -1,8 +1,6 @@
 // What transformer_step reads, checked once a call and then held as plain pointers. Host half only.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -11,6 +9,7 @@
 #include "attention_host.h"
 #include "gemm_at.h"
 #include "logprob.h"
+#include "tensors.h"
 
 namespace engine {
 

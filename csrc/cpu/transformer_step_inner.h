@@ -11,12 +11,12 @@
 
 namespace engine {
 
-constexpr int64_t kRowsPerTask = 4;
+constexpr int64_t kStepRowsPerTask = 4;
 
 template <typename Run>
 void each_row(Team::Member& team, int64_t rows, Run run) {
-  team.each((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t i) {
-    for (int64_t r = i * kRowsPerTask; r < std::min((i + 1) * kRowsPerTask, rows); ++r) run(r);
+  team.each((rows + kStepRowsPerTask - 1) / kStepRowsPerTask, [&](int64_t i) {
+    for (int64_t r = i * kStepRowsPerTask; r < std::min((i + 1) * kStepRowsPerTask, rows); ++r) run(r);
   });
 }
 
