@@ -1,18 +1,23 @@
-"""The command line: argv -> the config of one stage -> that stage. The only reader of argv.
+"""Train a language model on human feedback by the three stages of InstructGPT.
 
-    python -m engine.train --stage sft|rm|ppo [--config file.yaml] [--preset name] [--key value ...]
-                           [--print_config] [--dry_run]
+    python -m engine.train --stage sft    demonstrations -> a model that answers
+    python -m engine.train --stage rm     rankings of answers -> a reward model
+    python -m engine.train --stage ppo    prompts and a reward -> the policy
+
+                           [--preset name] [--config file.yaml] [--key value ...] [--print_config] [--dry_run]
 
     torchrun --nproc_per_node N -m engine.train --stage ...     several processes, weights sharded over them
 
-A preset's values are overridden by those of --config, and these by --key value. Exit codes: 0 done, 3 stopped on
-request and resumable, others failed (1 with a message, 2 bad usage).
+A preset's values are overridden by those of --config, and these by --key value. --dry_run checks config, data and
+model, says what the run takes, and stops. Exit codes: 0 done, 3 stopped on request and resumable, others failed
+(1 with a message, 2 bad usage).
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -50,6 +55,13 @@ class Parser(jsonargparse.ArgumentParser):
 
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def about_preset(name: str) -> str:
+    """The first sentence of its file."""
+    lines = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    about = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines))
+    return re.split(r"[:;] |\. (?=[A-Z])|\.$", about)[0]
 
 
 def preset_values(name: str, stage: str) -> dict[str, Any]:
@@ -107,9 +119,9 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
     """argv -> (stage, its config, dry run?). Exits with a message on bad usage."""
     first, rest = stage_parser().parse_known_args(argv)
     if first.stage is None:
-        print(__doc__)
-        print(f"presets: {', '.join(preset_names())}")
-        print("Keys of a stage: python -m engine.train --stage ppo --help")
+        width = max(map(len, preset_names()))
+        print(__doc__, "Presets:", *(f"    {name:{width}}  {about_preset(name)}" for name in preset_names()), sep="\n")
+        print("\nThe keys of a stage: python -m engine.train --stage ppo --help")
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else EXIT_USAGE)
     parser = build_parser(first.stage, first.preset)
     kind = STAGES[first.stage]

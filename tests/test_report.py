@@ -4,6 +4,8 @@ import html
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -339,6 +341,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path = Path(capsys.readouterr().out.strip())
     assert path == folder / "report.html"
     assert "1 lines are not whole" in Tags(path.read_text()).text
+
+
+def test_it_does_without_torch(tmp_path: Path) -> None:
+    code = "import sys; from engine.report import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(_rm(tmp_path / "rm"))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_names_of_runs_differ(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 from pyarrow import parquet
 from small_engines import byte_tokenizer, save_tiny
 
+from engine.config_sample import SampleConfig
 from engine.data.prompts import Prompt, load_prompts
 from engine.data.rankings import load_rankings
 from engine.errors import EngineError
 from engine.hybrid import HybridEngine
-from engine.sample import SampleConfig, main, parse, ranked, ranks_of, score_rows
+from engine.sample import main, parse, ranked, ranks_of, score_rows
 
 PROMPT = Prompt((1,), "p", None, {}, "")
 SCORER = """
@@ -256,7 +257,11 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, prompt
     assert "sample: " in said and "file" in said and "rows read" not in said
 
 
-def test_reading_the_command_line_warns_of_nothing():
-    code = "from engine.sample import parse; parse(['--model_name_or_path=m', '--dataset_name=d', '--output=o'])"
+def test_reading_the_command_line_warns_of_nothing_and_leaves_torch_for_later():
+    """Later its threads and the class of CPU are settled; and help comes at once."""
+    code = (
+        "import sys; from engine.sample import parse;"
+        " parse(['--model_name_or_path=m', '--dataset_name=d', '--output=o']); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")

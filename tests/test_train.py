@@ -1,6 +1,7 @@
 """The command line through the front door: keys, presets, dry run, stopping and going on."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -122,7 +123,9 @@ def test_every_preset_is_a_valid_config(name):
 
 def test_help_works_from_any_folder(tmp_path):
     done = run("--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--stage sft|rm|ppo" in done.stdout
+    assert done.returncode == 0 and all(f"--stage {stage} " in done.stdout for stage in ("sft", "rm", "ppo"))
+    said = re.search(r"^ +paper-6b +(.*)$", done.stdout, re.M)
+    assert said and said[1] == "The 6B column of InstructGPT (Ouyang et al. 2022, appendix C)"
     done = run("--stage", "ppo", "--help")
     assert done.returncode == 0 and "--kl_coef" in done.stdout
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Dtype, PPOConfig, RMConfig, SFTConfig
+from engine.config_sample import SampleConfig
 from engine.errors import ConfigError
-from engine.sample import SampleConfig
 from engine.train import preset_values
 
 DATA = Path(__file__).parent / "data"

@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.run import files
 from engine.run.console import Display, printable
+
+if TYPE_CHECKING:  # imports torch, which engine.report does without
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS, SAMPLES, EVENTS, TENSORBOARD = "metrics.jsonl", "samples", "events.jsonl", "tensorboard"
 RESERVED = frozenset({"step", "time", "non_finite"})
@@ -183,6 +184,8 @@ class RunLog:
         return self._tensorboard
 
     def _open(self, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         with files.refusals_named(self.folder / TENSORBOARD):
             self._tensorboard = SummaryWriter(
                 str(self.folder / TENSORBOARD), purge_step=purge_step, flush_secs=10
