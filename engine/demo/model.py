@@ -6,6 +6,7 @@ index and nothing else still gets a real pretrained model. ``transformers`` dequ
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from engine.errors import EngineError
 
@@ -120,14 +122,18 @@ def prepare(folder: Path) -> bool:
 
 
 def _dequantise(source: Path, folder: Path) -> None:
+    import gguf
     import torch
     import transformers
 
     options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the file quantised unless told
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    # transformers reads the file three times and lists the names of all tensors for each of them: 42 s became 19.
+    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(gguf, **once):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
     tokenizer.chat_template = TEMPLATE
     # The GGUF carries no length limit for the tokenizer; the model's own keeps warnings meaningful.
     tokenizer.model_max_length = model.config.max_position_embeddings
