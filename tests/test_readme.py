@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,20 +47,38 @@ def test_make_targets_exist(line):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["sample", "report", "demo", "data", "ops", "plan"])
-def test_programs_that_it_names_have_help(name):
-    import sys
+PROGRAMS = ("sample", "report", "demo", "data", "ops", "plan")
+# As `python -m engine.NAME --help` for each, in one process: torch takes seconds to import.
+HELP = """
+import contextlib, io, json, runpy, sys
+said = {}
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            runpy.run_module(f"engine.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            assert not ended.code, (name, ended.code)
+    said[name] = text.getvalue()
+print(json.dumps(said))
+"""
 
-    done = subprocess.run(
-        [sys.executable, "-m", f"engine.{name}", "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    command = [sys.executable, "-c", HELP, *PROGRAMS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout.lower()
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_it_names_have_help(name, helps):
+    assert "usage" in helps[name].lower()
     for line in COMMANDS:
         if f"-m engine.{name} " in line:
             for flag in re.findall(r"--\w+", line):
-                assert flag in done.stdout, f"{flag} of: {line}"
+                assert flag in helps[name], f"{flag} of: {line}"
 
 
 def test_every_flag_in_the_text_exists():

@@ -40,23 +40,22 @@ def ppo_config(setting: dict[str, str], out: Path) -> dict:
     "checks",
     [
         ("a_damaged_shard", "a_bad_gradient", "bad_losses", "a_stop", "from_an_earlier_checkpoint"),
-        ("a_full_disk", "writing_beside_training", "another_config", "the_same_choice"),
+        ("a_full_disk", "writing_beside_training", "another_config", "the_same_choice", "a_reward_that_fails"),
     ],
     ids=["faults", "folders"],
 )
-def test_of_a_supervised_run(checks, setting, tmp_path):
+def test_of_a_run(checks, setting, tmp_path):
     jobs = []
     for check in checks:
         config = sft_config(setting, tmp_path / check)
         if check == "the_same_choice":
             config["micro_batch_tokens"] = None
-        jobs.append((f"run.rank_faults:{check}", {"config": config}))
+        if check != "a_reward_that_fails":
+            jobs.append((f"run.rank_faults:{check}", {"config": config}))
+            continue
+        for how in ("raises", "hangs"):
+            jobs.append((f"run.rank_faults:{check}", {"config": ppo_config(setting, tmp_path / how), "how": how}))
     run_jobs(2, jobs, tmp_path)
-
-
-def test_a_reward_that_fails_costs_no_iteration(setting, tmp_path):
-    ways = [{"config": ppo_config(setting, tmp_path / how), "how": how} for how in ("raises", "hangs")]
-    run_jobs(2, [("run.rank_faults:a_reward_that_fails", arguments) for arguments in ways], tmp_path)
 
 
 def test_two_runs_in_one_folder(setting, tmp_path):
