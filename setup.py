@@ -32,7 +32,10 @@ HEADERS = sorted((ROOT / "csrc" / "cpu").glob("*.h"))
 TORCH_HEADERS = ROOT / "csrc" / "cpu" / "tensors.h"
 BATCH = 6  # host halves that are compiled as one file: torch's templates, most of their time, are instantiated once
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AVX512 = [
+    *AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC's own header of these instructions (its bug 105593)
+]  # fmt: skip
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CLASSES = {"plain": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
 TILED = ("gemm", "logprob")  # files of ENGINE_TILED_KERNELs; of the others class amx runs avx512's loops (dispatch.h)
@@ -65,7 +68,7 @@ def class_halves() -> list[tuple[Path, str]]:
 def torch_flags() -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
-    return [*FLAGS, "-fopenmp", "-g0", *(f"-I{path}" for path in include_paths())]
+    return [*FLAGS, "-fopenmp", "-g0", *(word for path in include_paths() for word in ("-isystem", path))]
 
 
 def stamp() -> str:

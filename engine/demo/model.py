@@ -130,7 +130,8 @@ def _dequantise(source: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the file quantised unless told
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # transformers reads the file three times and lists the names of all tensors for each of them: 42 s became 19.
-    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    names = ("GGUFReader", "get_tensor_name_map")
+    once: dict[str, Any] = {name: functools.cache(getattr(gguf, name)) for name in names}
     with mock.patch.multiple(gguf, **once):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
