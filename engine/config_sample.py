@@ -22,6 +22,8 @@ class SampleConfig:
     """Prompts: JSONL (also .gz), parquet, a local folder, or a hub id; `prompt` or `messages`."""
     output: str
     """The candidates file to write (JSONL)."""
+    overwrite: bool = False
+    """Replace an output that is there already (off: it is refused)."""
     dataset_split: str = "train"
     """Split of a hub data set or of a folder."""
     num_prompts: int | None = None
