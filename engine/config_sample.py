@@ -48,7 +48,7 @@ class SampleConfig:
     """Memory for keys and values; what does not fit waits."""
     rank_with: str | None = None
     """`module:function` with `f(prompts, completions, **columns) -> list[float | None]`, higher is
-    better.
+    better. Prompts and completions are text, also of talks, which are the column `messages`.
     """
     tie_margin: float = 0.0
     """Scores no further apart than this are a tie."""

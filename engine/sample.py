@@ -155,7 +155,7 @@ def candidate_rows(
 def score_rows(
     function: RewardFunction, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
 ) -> list[list[float | None]]:
-    """The scorer's value of every completion, by row: one call with TRL's signature.
+    """The scorer's value of every completion, by row: one call, as PPO calls its reward functions.
 
     Raises:
         EngineError: it raised, or gave something else than a finite number or None for each.

@@ -118,7 +118,9 @@ def test_a_ranked_file_is_a_rankings_data_set(folder, prompts, tmp_path, scorers
     (call,) = sys.modules[scorers].seen
     texts, completions, columns = call
     assert texts == ["hello"] * 3 + ["a longer one"] * 3 + ["hi"] * 3 and len(completions) == 9
-    assert columns == {"topic": list("aaabbbccc"), "seed": [9] * 9}
+    talks = [None] * 6 + [ROWS[2]["messages"]] * 3
+    assert columns == {"topic": list("aaabbbccc"), "seed": [9] * 9, "messages": talks}
+    assert all("messages" not in row for row in rows)  # they are its prompt
     groups = load_rankings([str(output)], byte_tokenizer())
     assert [group.ranks for group in groups] == [tuple(sorted(row["ranks"])) for row in rows]
 
