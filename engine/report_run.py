@@ -59,6 +59,12 @@ class Run:
         ends = [s.times[-1] for s in self.series.values()]
         return float(max(ends) - min(starts))
 
+    def at_last(self, names: Sequence[str]) -> dict[str, float]:
+        """Those of the metrics that are there at the last step of any of them: what one evaluation said."""
+        found = {name: self.series[name] for name in names if name in self.series}
+        last = max((series.steps[-1] for series in found.values()), default=None)
+        return {name: float(series.values[-1]) for name, series in found.items() if series.steps[-1] == last}
+
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     """The runs, in the given order, with names that differ. Raises `EngineError` as `read_run`."""
