@@ -129,7 +129,7 @@ def _sft(folder: Path, steps: int = 1500) -> Path:
         log._opened().add_scalar = lambda *_, **__: None  # type: ignore[method-assign]
         for step in range(1, steps + 1):
             values = {"loss": 3 / step**0.2, "grad_norm": 1 + step % 7, "timing/step": 0.5}
-            log.metrics(step, values | {"mean_token_accuracy": 1 - step**-0.2, "num_tokens": step})
+            log.metrics(step, values | {"num_tokens": step})
         log.metrics(steps, {"eval/loss": 1.5, "timing/evaluate": 9.0})
     (folder / "versions.json").write_text(json.dumps({"stage": "sft"}))
     return folder
