@@ -22,6 +22,8 @@ class SampleConfig:
     """Prompts: JSONL (also .gz), parquet, a local folder, or a hub id; `prompt` or `messages`."""
     output: str
     """The candidates file to write (JSONL)."""
+    overwrite: bool = False
+    """Replace an output that is there already (off: it is refused)."""
     dataset_split: str = "train"
     """Split of a hub data set or of a folder."""
     num_prompts: int | None = None
@@ -46,7 +48,7 @@ class SampleConfig:
     """Memory for keys and values; what does not fit waits."""
     rank_with: str | None = None
     """`module:function` with `f(prompts, completions, **columns) -> list[float | None]`, higher is
-    better.
+    better. Prompts and completions are text, also of talks, which are the column `messages`.
     """
     tie_margin: float = 0.0
     """Scores no further apart than this are a tie."""

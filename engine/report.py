@@ -35,13 +35,14 @@ FILE = "report.html"
 MAX_TIME_CURVES = 4
 
 
-def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
-    """Write the report of the runs and return its path (default: report.html in the run's folder,
+def write_report(folders: Path | str | Sequence[Path | str], output: Path | str | None = None) -> Path:
+    """Write the report of one run or of several and return its path (default: report.html in the run's folder,
     or here for several runs). Raises `EngineError` for a folder without metrics, `OutputError` where the file cannot
     be written."""
-    if not folders:
+    given = [folders] if isinstance(folders, (str, Path)) else folders
+    if not given:
         raise EngineError("report: got no run folder, want at least one")
-    runs = read_runs(folders)
+    runs = read_runs(given)
     path = Path(output) if output is not None else _default_output(runs)
     check_output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -294,11 +294,12 @@ def calibration(runs: Sequence[Run]) -> Figure | None:
     figure = go.Figure()
     for run in runs:
         for split in ("eval/", ""):
-            bins = [n for n in run.series if n.startswith(f"{split}calibration/")]
-            stems = sorted({n.rsplit("/", 1)[0] for n in bins}, key=lambda s: int(s.split("/")[-1]))
-            stems = [s for s in stems if {f"{s}/predicted", f"{s}/observed"} <= run.series.keys()]
+            names = [n for n in run.series if n.startswith(f"{split}calibration/")]
+            bins = run.at_last((*names, f"{split}num_pairs"))  # a bin may be empty, then it is not there
+            stems = sorted({n.rsplit("/", 1)[0] for n in names}, key=lambda s: int(s.split("/")[-1]))
+            stems = [s for s in stems if {f"{s}/predicted", f"{s}/observed"} <= bins.keys()]
             if stems:
-                figure.add_trace(_calibration_trace(run, split, stems))
+                figure.add_trace(_calibration_trace(run, split, stems, bins))
     if not figure.data:
         return None
     line = {"color": MUTED, "width": 1, "dash": "dot"}
@@ -309,13 +310,12 @@ def calibration(runs: Sequence[Run]) -> Figure | None:
     return styled(figure, 460, legend=True).update_layout(width=620)
 
 
-def _calibration_trace(run: Run, split: str, stems: Sequence[str]) -> Figure:
-    counts = [run.series.get(f"{stem}/num_pairs") for stem in stems]
-    pairs = [float(c.values[-1]) if c is not None else math.nan for c in counts]
+def _calibration_trace(run: Run, split: str, stems: Sequence[str], bins: Mapping[str, float]) -> Figure:
+    pairs = [bins.get(f"{stem}/num_pairs", math.nan) for stem in stems]
     which = "validation" if split else "training"
     return go.Scatter(
-        x=[float(run.series[f"{stem}/predicted"].values[-1]) for stem in stems],
-        y=[float(run.series[f"{stem}/observed"].values[-1]) for stem in stems],
+        x=[bins[f"{stem}/predicted"] for stem in stems],
+        y=[bins[f"{stem}/observed"] for stem in stems],
         mode="lines+markers",
         name=label(f"{run.name}: {which}"),
         line={"color": run.color, "width": 1.5, "dash": "solid" if split else "dash"},
@@ -330,16 +330,16 @@ def accuracy_by_part(runs: Sequence[Run]) -> Figure | None:
     pattern = re.compile(r"eval/(?:by_(k|source)/(.+)/)?accuracy")
     figure = go.Figure()
     for run in runs:
-        found = {name: match for name in run.series if (match := pattern.fullmatch(name))}
+        values = run.at_last([n for n in run.series if pattern.fullmatch(n.removesuffix("_stderr"))])
+        found = {name: match for name in values if (match := pattern.fullmatch(name))}
         if len(found) < 2:
             continue
-        errors = [run.series.get(f"{name}_stderr") for name in found]
         part = {"k": "K = {}", "source": "{}"}
         figure.add_trace(
             go.Bar(
                 x=[label(part[m[1]].format(m[2])) if m[1] else "all" for m in found.values()],
-                y=[float(run.series[name].values[-1]) for name in found],
-                error_y={"array": [2 * float(e.values[-1]) if e else 0.0 for e in errors]},
+                y=[values[name] for name in found],
+                error_y={"array": [2 * values.get(f"{name}_stderr", 0.0) for name in found]},
                 marker={"color": _rgba(run.color, 0.75)},
                 name=label(run.name),
                 hovertemplate="%{x}: %{y:.3f} ± %{error_y.array:.3f}",

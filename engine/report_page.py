@@ -25,7 +25,7 @@ HEADLINES = {
         "perf/tokens_per_s",
     ),
     "rm": ("eval/accuracy", "eval/log_loss", "accuracy", "loss", "margin", "perf/tokens_per_s"),
-    "sft": ("eval/loss", "loss", "mean_token_accuracy", "eval/ptx_loss", "perf/tokens_per_s"),
+    "sft": ("eval/loss", "loss", "eval/ptx_loss", "perf/tokens_per_s"),
 }
 CARDS = 6
 
@@ -294,9 +294,9 @@ def answer(row: dict[str, Any]) -> str:
     return f'<div class="head">{" · ".join(parts)}</div><div class="text">{content}</div>'
 
 
-def _token(token: str, kl: float | None) -> str:
+def _token(token: str, kl: object) -> str:
     shown = text(token).replace("\n", '<span class="nl">↵</span>\n')
-    if kl is None:  # was not finite
+    if not isinstance(kl, (int, float)):  # null: it was not finite
         return f'<span title="no KL">{shown}</span>'
     alpha = 0.75 * min(1.0, abs(kl) / KL_FULL)
     color = "217,95,2" if kl > 0 else "47,111,183"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ class Run:
         ends = [s.times[-1] for s in self.series.values()]
         return float(max(ends) - min(starts))
 
+    def at_last(self, names: Sequence[str]) -> dict[str, float]:
+        """Those of the metrics that are there at the last step of any of them: what one evaluation said."""
+        found = {name: self.series[name] for name in names if name in self.series}
+        last = max((series.steps[-1] for series in found.values()), default=None)
+        return {name: float(series.values[-1]) for name, series in found.items() if series.steps[-1] == last}
+
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     """The runs, in the given order, with names that differ. Raises `EngineError` as `read_run`."""
@@ -74,8 +81,11 @@ def read_run(folder: Path, name: str, color: str) -> Run:
     if not folder.is_dir():
         raise EngineError(f"{folder}: no such folder; want the output_dir of an engine.train run")
     path = folder / METRICS
-    records, broken = read_records(path) if path.is_file() else ([], 0)
+    lines, broken = read_records(path) if path.is_file() else ([], 0)
+    records = [line for line in lines if _is_step(line.get("step")) and _is_finite(line.get("time"))]
     notes = [f"{METRICS}: {broken} lines are not whole and were left out"] if broken else []
+    if len(records) < len(lines):
+        notes.append(f"{METRICS}: {len(lines) - len(records)} lines have no step or no time and were left out")
     series, non_finite = _series(records)
     if not series:
         what = "holds no record with a finite metric" if path.is_file() else "is missing"
@@ -88,7 +98,8 @@ def read_run(folder: Path, name: str, color: str) -> Run:
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(non_finite.items()))
         notes.append(f"values that are not finite are not drawn: {shown}")
     samples, sample_notes = _samples(folder / SAMPLES)
-    versions, config = _versions(folder / "versions.json"), _config(folder / "config.yaml")
+    versions, version_notes = _versions(folder / "versions.json")
+    config, config_notes = _config(folder / "config.yaml")
     events = read_records(folder / EVENTS)[0] if (folder / EVENTS).is_file() else []
     return Run(
         name=name,
@@ -100,7 +111,7 @@ def read_run(folder: Path, name: str, color: str) -> Run:
         config=config,
         versions=versions,
         events=tuple(events),
-        notes=(*notes, *sample_notes),
+        notes=(*notes, *sample_notes, *version_notes, *config_notes),
     )
 
 
@@ -113,15 +124,24 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [f"{path} ({i})" for i, path in enumerate(paths, start=1)]  # one folder given twice
 
 
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # false for nan too
+
+
 def _series(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Series], dict[str, int]]:
     """The metrics by name, and how often each was not finite."""
     points: dict[str, list[tuple[int, float, float]]] = {}
     non_finite: dict[str, int] = {}
     for record in records:
-        for name in record.get("non_finite", ()):
+        named = record.get("non_finite")
+        for name in map(str, named if isinstance(named, list) else ()):
             non_finite[name] = non_finite.get(name, 0) + 1
         for name, value in record.items():
-            if name not in RESERVED and isinstance(value, (int, float)):
+            if name not in RESERVED and _is_finite(value):
                 points.setdefault(name, []).append((record["step"], value, record["time"]))
     series = {}
     for name, found in points.items():
@@ -141,26 +161,37 @@ def _samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         found, broken = read_records(path)
         bad += broken
         for row in found:
-            if not isinstance(row.get("completion"), str):
-                bad += 1
-                continue
             if match:
                 row = {"step": int(match[2]), "phase": match[1]} | row
-            rows.append(row)
-    rows.sort(key=lambda row: int(row.get("step", 0)))
+            if isinstance(row.get("completion"), str) and _is_step(row.get("step")):
+                rows.append(row)
+            else:
+                bad += 1
+    rows.sort(key=lambda row: int(row["step"]))
     return rows, [f"samples: {bad} rows are not samples and were left out"] if bad else []
 
 
-def _versions(path: Path) -> dict[str, str]:
+def _mapping(path: Path, load: Callable[[str], object]) -> tuple[dict[Any, Any], list[str]]:
+    """What a file of keys and values holds, and a note if that cannot be read: a copy may be damaged."""
     if not path.is_file():
-        return {}
-    return {str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {}, []
+    try:
+        found = load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        return {}, [f"{path.name}: cannot be read and was left out ({reason})"]
+    if isinstance(found, dict):
+        return found, []
+    return {}, [f"{path.name}: holds no keys and values and was left out"]
 
 
-def _config(path: Path) -> dict[str, str]:
+def _versions(path: Path) -> tuple[dict[str, str], list[str]]:
+    found, notes = _mapping(path, json.loads)
+    return {str(key): str(value) for key, value in found.items()}, notes
+
+
+def _config(path: Path) -> tuple[dict[str, str], list[str]]:
     """config.yaml with nested keys joined by dots, values as YAML writes them on one line."""
-    if not path.is_file():
-        return {}
     flat: dict[str, str] = {}
 
     def add(prefix: str, value: object) -> None:
@@ -170,6 +201,7 @@ def _config(path: Path) -> dict[str, str]:
         else:
             flat[prefix] = value if isinstance(value, str) else json.dumps(value, default=str)
 
-    add("", yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    flat.pop("", None)
-    return flat
+    found, notes = _mapping(path, yaml.safe_load)
+    for key, value in found.items():
+        add(str(key), value)
+    return flat, notes

@@ -25,7 +25,7 @@ import jsonargparse
 
 from engine.config import RunConfig
 from engine.config_sample import SampleConfig
-from engine.errors import EngineError
+from engine.errors import EngineError, OutputError
 
 if TYPE_CHECKING:  # torch is imported when the machine is settled, in main
     from engine.data.prompts import Prompt
@@ -155,7 +155,7 @@ def candidate_rows(
 def score_rows(
     function: RewardFunction, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
 ) -> list[list[float | None]]:
-    """The scorer's value of every completion, by row: one call with TRL's signature.
+    """The scorer's value of every completion, by row: one call, as PPO calls its reward functions.
 
     Raises:
         EngineError: it raised, or gave something else than a finite number or None for each.
@@ -168,23 +168,47 @@ def score_rows(
     return [[next(left) for _ in row["responses"]] for row in rows]
 
 
+def check_output(config: SampleConfig) -> None:
+    """Whether the candidates file may be written: asked before the work. An earlier one may hold ranks made by hand.
+
+    Raises:
+        OutputError: it cannot be written, is there already without `overwrite`, or is a file of the prompts.
+    """
+    from engine.run.files import check_output_file
+
+    output, prompts = Path(config.output), Path(config.dataset_name).expanduser()
+    check_output_file(output)
+    if not output.exists():
+        return
+    places = (output, *output.resolve().parents)
+    if prompts.exists() and any(place.samefile(prompts) for place in places):
+        raise OutputError(
+            f"output: got {config.output!r}, a file of dataset_name {config.dataset_name!r}, whose rows would be lost;"
+            " give another --output"
+        )
+    if not config.overwrite:
+        raise OutputError(
+            f"output: got {config.output!r}, which is there already; move it away, give another --output, or replace"
+            " it with --overwrite true"
+        )
+
+
 def sample(config: SampleConfig) -> Path:
     """Write the candidates file; it appears under its name when it is complete.
 
     Raises:
         EngineError: a broken row of prompts, a scorer or a model that cannot be used, or an output that cannot be
-            written.
+            written or is there already.
     """
     from engine.data.prompts import load_prompts, not_for_rewards
     from engine.data.rows import DataSource
     from engine.generate.scheduler import Limits
     from engine.hybrid import HybridEngine
-    from engine.run.files import check_output_file
     from engine.run.session import set_threads
     from engine.stages.ppo.reward_sources import import_function
 
+    check_output(config)
     output = Path(config.output)
-    check_output_file(output)
     set_threads(config.threads)
     function = import_function(config.rank_with) if config.rank_with else None
     limits = Limits(config.max_active, config.kv_cache_gb)

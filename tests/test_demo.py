@@ -272,6 +272,27 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_model(tmp_path, other_label
     assert found["kl"] == straight["kl"]
 
 
+def test_rankings_stopped_after_their_first_file_are_made_again(tmp_path, other_labeler, monkeypatch):
+    plan, sample, outputs = tiny_plan(tmp_path), flow.sample, []
+
+    def die_in_the_second(config):
+        if outputs:
+            raise Killed
+        outputs.append(sample(config))
+        return outputs[0]
+
+    plan.claim()
+    flow.unpack(plan)
+    flow.sft(plan)
+    monkeypatch.setattr(flow, "sample", die_in_the_second)
+    with pytest.raises(Killed):
+        flow.rankings(plan)
+    first = outputs[0].read_bytes()
+    monkeypatch.setattr(flow, "sample", sample)
+    assert flow.rankings(plan)["tokens"] > 0
+    assert outputs[0].read_bytes() == first
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     tiny_plan(tmp_path).claim()
     tiny_plan(tmp_path).claim()

@@ -84,7 +84,7 @@ def test_programs_that_it_names_have_help(name, helps):
 def test_every_flag_in_the_text_exists():
     helps = " ".join(field for stage in STAGES.values() for field in stage.__dataclass_fields__)
     own = {"config", "dry_run", "print_config", "preset", "stage", "help", "rank_with", "num_samples",
-           "output", "data_dir",
+           "output", "overwrite", "data_dir",
            "nproc_per_node", "max_restarts", "model", "gpus", "gpu_memory"}  # fmt: skip
     for flag in set(re.findall(r"--(\w+)", TEXT)):
         assert flag in helps.split() or flag in own, flag

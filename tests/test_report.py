@@ -21,6 +21,7 @@ from engine.report import main, write_report
 from engine.report_figures import (
     MAX_POINTS,
     accuracy_by_part,
+    calibration,
     group_of,
     groups,
     is_noisy,
@@ -128,7 +129,7 @@ def _sft(folder: Path, steps: int = 1500) -> Path:
         log._opened().add_scalar = lambda *_, **__: None  # type: ignore[method-assign]
         for step in range(1, steps + 1):
             values = {"loss": 3 / step**0.2, "grad_norm": 1 + step % 7, "timing/step": 0.5}
-            log.metrics(step, values | {"mean_token_accuracy": 1 - step**-0.2, "num_tokens": step})
+            log.metrics(step, values | {"num_tokens": step})
         log.metrics(steps, {"eval/loss": 1.5, "timing/evaluate": 9.0})
     (folder / "versions.json").write_text(json.dumps({"stage": "sft"}))
     return folder
@@ -282,6 +283,25 @@ def test_accuracy_by_part(tmp_path: Path) -> None:
     (bars,) = accuracy_by_part(read_runs([_rm(tmp_path)])).data
     assert list(bars.x) == ["all", "K = 2", "K = 9", "a&lt;b"]
     assert list(bars.y) == [0.66, 0.6, 0.7, 0.5] and set(bars.error_y.array) == {0.04}
+
+
+def test_figures_of_an_evaluation_take_all_values_from_the_last_one(tmp_path: Path) -> None:
+    """A bin that has no pair then keeps no point of an earlier evaluation, nor a part its error."""
+    folder = _rm(tmp_path)
+    last = {"eval/num_pairs": 3.0, "eval/accuracy": 0.8, "eval/by_k/2/accuracy": 0.9, "eval/accuracy_stderr": 0.1}
+    last |= {f"eval/calibration/{b}/{n}": 0.5 + b / 10 for b in (1, 3) for n in ("predicted", "observed")}
+    with RunLog(folder, quiet=True) as log:
+        log.resume(19)
+        log.metrics(25, last)
+    runs = read_runs([folder])
+    (points,) = calibration(runs).data
+    assert list(points.x) == list(points.y) == [0.6, 0.8] and np.isnan(points.customdata).all()
+    (bars,) = accuracy_by_part(runs).data
+    assert (list(bars.x), list(bars.y), list(bars.error_y.array)) == (["all", "K = 2"], [0.8, 0.9], [0.2, 0.0])
+    with RunLog(folder, quiet=True) as log:
+        log.resume(25)
+        log.metrics(30, {"eval/num_pairs": 3.0})  # scores that are not finite lie in no bin
+    assert calibration(read_runs([folder])) is None
 
 
 def test_groups_leave_out_constants_and_counters(ppo_folder: Path) -> None:

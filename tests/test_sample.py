@@ -118,7 +118,9 @@ def test_a_ranked_file_is_a_rankings_data_set(folder, prompts, tmp_path, scorers
     (call,) = sys.modules[scorers].seen
     texts, completions, columns = call
     assert texts == ["hello"] * 3 + ["a longer one"] * 3 + ["hi"] * 3 and len(completions) == 9
-    assert columns == {"topic": list("aaabbbccc"), "seed": [9] * 9}
+    talks = [None] * 6 + [ROWS[2]["messages"]] * 3
+    assert columns == {"topic": list("aaabbbccc"), "seed": [9] * 9, "messages": talks}
+    assert all("messages" not in row for row in rows)  # they are its prompt
     groups = load_rankings([str(output)], byte_tokenizer())
     assert [group.ranks for group in groups] == [tuple(sorted(row["ranks"])) for row in rows]
 
@@ -255,6 +257,38 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, prompt
     assert run(folder, prompts, tmp_path / "file" / "out.jsonl") == 1
     said = capsys.readouterr().err
     assert "sample: " in said and "file" in said and "rows read" not in said
+
+
+def test_an_output_that_is_there_is_refused_before_the_work(prompts, tmp_path, capsys):
+    """Somebody may have ranked it; the model, which is not there, is never asked for."""
+    output = tmp_path / "candidates.jsonl"
+    output.write_text("ranked by hand")
+    assert run(tmp_path / "no model", prompts, output) == 1
+    want = f"output: got '{output}', which is there already; move it away, give another --output, or replace it"
+    assert want in capsys.readouterr().err
+    assert output.read_text() == "ranked by hand"
+
+
+def test_an_output_is_replaced_where_that_is_asked_for(folder, prompts, tmp_path):
+    output = tmp_path / "candidates.jsonl"
+    output.write_text("old")
+    assert run(folder, prompts, output, "--overwrite", "true") == 0
+    assert [row["prompt"] for row in read(output)][:2] == ["hello", "a longer one"]
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize("link", [False, True])
+def test_the_prompts_own_file_is_never_the_output(as_folder, link, folder, prompts, tmp_path, capsys):
+    before, output = prompts.read_text(), prompts
+    if link:
+        output = tmp_path / "deep" / "linked.jsonl"
+        output.parent.mkdir()
+        output.symlink_to(prompts)
+    source = tmp_path if as_folder else prompts
+    assert run(folder, source, output, "--num_prompts", 2, "--overwrite", "true") == 1
+    said = capsys.readouterr().err
+    assert f"output: got '{output}', a file of dataset_name '{source}', whose rows would be lost" in said
+    assert prompts.read_text() == before
 
 
 def test_reading_the_command_line_warns_of_nothing_and_leaves_torch_for_later():

@@ -44,10 +44,14 @@ ARGUMENTS = ("prompts", "completions")  # of a reward function, beside the colum
 def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The columns as reward functions get them: by name, a value a prompt, None where its row has none.
 
-    Columns of the names of the function's own arguments are not among them; see :func:`not_for_rewards`.
+    ``messages`` is one of them where a row has a talk, since ``prompts`` are texts. Columns of the names of the
+    function's own arguments are not; see :func:`not_for_rewards`.
     """
     names = sorted({name for prompt in prompts for name in prompt.columns} - set(ARGUMENTS))
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    if any(prompt.messages is not None for prompt in prompts):
+        columns["messages"] = [None if p.messages is None else [dict(m) for m in p.messages] for p in prompts]
+    return columns
 
 
 def not_for_rewards(prompts: Sequence[Prompt]) -> tuple[str, ...]:

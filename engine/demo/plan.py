@@ -81,6 +81,7 @@ class Plan:
             model_name_or_path=self.path("sft"),
             dataset_name=self.source(prompts),
             output=self.path(output),
+            overwrite=True,  # of a phase that was stopped after its first file
             num_prompts=count,
             num_samples=self.samples,
             max_new_tokens=self.ppo["response_length"],

@@ -18,6 +18,8 @@ from engine.errors import ModelError
 from engine.run.device import HOST, to_device
 
 KINDS = ("default", "linear", "llama3")
+THETA_KEYS = ("rope_theta", "rotary_emb_base")
+SHARE_KEYS = ("partial_rotary_factor", "rotary_pct")
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -82,10 +84,10 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int, part
     ``partial``: this family may rotate a part of the head only.
 
     Raises:
-        ModelError: a kind other than default, linear, llama3; a setting missing, contradictory or
-            out of range.
+        ModelError: a kind other than default, linear, llama3; both spellings that do not say the same; a setting
+            missing, contradictory or out of range.
     """
-    settings = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    settings = _stated(config)
     if any(isinstance(value, Mapping) for value in settings.values()):
         raise ModelError(
             f"config.json: rope_parameters: got one set a layer type ({', '.join(settings)}),"
@@ -94,10 +96,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int, part
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind not in KINDS:
         raise ModelError(f"config.json: rope_type: got {kind!r}, want one of {', '.join(KINDS)}")
-    theta = _agreed(config, settings, ("rope_theta", "rotary_emb_base"), 10000.0)
-    share = _agreed(
-        config, settings, ("partial_rotary_factor", "rotary_pct"), 0.25 if partial else 1.0
-    )
+    theta = _agreed(config, settings, THETA_KEYS, 10000.0)
+    share = _agreed(config, settings, SHARE_KEYS, 0.25 if partial else 1.0)
     if not partial and share != 1.0:
         raise ModelError(
             f"config.json: partial_rotary_factor: got {share}, want 1.0 for {config['model_type']}"
@@ -122,6 +122,29 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int, part
             f"config.json: high_freq_factor: got {high}, want more than low_freq_factor {low}"
         )
     return Rope(rotary_dim, theta, kind, factor, low, high, int(original))
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the one spelling, or of both where they say the same.
+
+    transformers takes `rope_scaling` alone then, and a rope_theta that only `rope_parameters` has is lost there, which
+    nobody means who adds a scaling to a config that transformers 5 wrote.
+    """
+    found = [dict(config[key]) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    if len(found) == 2 and _whole(config, found[0]) != _whole(config, found[1]):
+        raise ModelError(
+            f"config.json: got rope_parameters {found[0]} and rope_scaling {found[1]}, want one of them, or both the"
+            " same; write the scaling into rope_parameters beside its rope_theta, and take rope_scaling out"
+        )
+    return found[0] if found else {}
+
+
+def _whole(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling's settings under their newer names, with what the config states beside them."""
+    named = {"rope_type": settings.get("rope_type") or settings.get("type") or "default"}
+    beside = {key: config.get(key) for key in (*THETA_KEYS, *SHARE_KEYS)}
+    own = {key: value for key, value in settings.items() if key not in ("rope_type", "type")}
+    return {key: value for key, value in {**beside, **own, **named}.items() if value is not None}
 
 
 def _agreed(

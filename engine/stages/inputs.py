@@ -309,10 +309,10 @@ def check_vocabulary(
     """Every token of the data, and every one that the tokenizer can name, is a row of each model.
 
     `sizes` is model -> rows of its vocabulary, the trained model first; for that one the data's tokens count, since a
-    tokenizer may have more tokens than are ever used. The others read what it samples.
+    tokenizer may have more tokens than are ever used. The others read what it samples, which may be any row of it.
 
     Raises:
-        ModelError: a tokenizer of another vocabulary.
+        ModelError: a tokenizer of another vocabulary, or a model with fewer rows than the trained one.
     """
     largest = max((largest_token(getattr(data, part.name)) for part in fields(data)), default=0)
     first = next(iter(sizes))
@@ -322,6 +322,12 @@ def check_vocabulary(
             raise ModelError(
                 f"{model}: the tokenizer of {config.model_name_or_path} gives token {token}, the model has"
                 f" 0..{size - 1}; it is the tokenizer of another model: use models and a tokenizer of one family"
+            )
+        if size < sizes[first]:
+            raise ModelError(
+                f"{model}: got a vocabulary of {size} rows, want at least the {sizes[first]} of {first}, any of which"
+                " may be sampled, padded ones too; train it from a model with as many rows, or pad it with"
+                f" resize_token_embeddings({sizes[first]}) of transformers"
             )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.data.prompts import load_prompts
+from engine.data.prompts import load_prompts, reward_columns
 from engine.errors import DataError
 
 USER = {"role": "user", "content": "Why not?"}
@@ -24,6 +24,14 @@ def test_prompts_keep_text_talk_and_other_columns(write, chat_tokenizer) -> None
     assert data[2].text == "Be kind\n\nHuman: Why not?" and data[2].columns == {}
     assert data[3].text == "as text" and data[3].messages == tuple(talk)
     assert chat_tokenizer.decode(data[0].tokens).endswith("<|im_start|>assistant\n")
+
+
+def test_reward_functions_get_talks_as_a_column(write, chat_tokenizer) -> None:
+    talk = [{"role": "system", "content": "Be kind"}, USER]
+    rows = [{"prompt": "x", "answer": 4}, {"messages": talk}, {"prompt": [USER]}, {"prompt": "x", "messages": talk}]
+    columns = reward_columns(load_prompts([write(*rows)], chat_tokenizer))
+    assert columns == {"answer": [4, None, None, None], "messages": [None, talk, [USER], talk]}
+    assert reward_columns(load_prompts([write(rows[0])], chat_tokenizer)) == {"answer": [4]}
 
 
 def test_long_prompts_are_filtered_and_counted_never_cut(write, raw_tokenizer) -> None:

@@ -53,6 +53,7 @@ def test_every_case_is_what_transformers_says(case):
             {"rope_theta": 9.0, "rope_type": "linear", "factor": 3.0},
         ),
         ({"rope_theta": 500.0, "rope_scaling": OLD_LLAMA3}, LLAMA3),
+        ({"rope_theta": 500.0, "rope_scaling": OLD_LLAMA3, "rope_parameters": LLAMA3}, LLAMA3),
     ],
 )
 def test_both_spellings_of_rope(old, new):
@@ -104,6 +105,17 @@ def test_an_unknown_model_type_names_the_known_ones():
             "one set a layer type (full_attention), want one for all",
         ),
         ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}}, "want 1.0 for llama"),
+        *(
+            (
+                {**LLAMA, "rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": kind, "factor": 4.0}},
+                f"and rope_scaling {{'type': '{kind}', 'factor': 4.0}}, want one of them, or both the same",
+            )
+            for kind in ("yarn", "dynamic", "linear")
+        ),
+        (
+            {**LLAMA, "rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default"}},
+            "got rope_parameters {'rope_theta': 5.0} and rope_scaling",
+        ),
         (
             {**LLAMA, "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
             "got [6.0, 5.0] in different places",

@@ -1,16 +1,18 @@
 """Each family against transformers: logits in both types on every class of CPU, and back again."""
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from families import CASES, hf_logits, save, some_sequences
+from families import CASES, LINEAR, LLAMA3, hf_logits, save, some_sequences
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engine.data.pack import pack_sequences
+from engine.errors import ModelError
 from engine.kernels._backend import backend
 from engine.model.transformer import forward, logits
 from engine.model.weights import load_policy, save_policy
@@ -61,6 +63,30 @@ def test_float32_logits_are_those_of_transformers(cases, name, cpu_class):
     case = cases(name)
     assert case.float32.std() > 0.5  # a law far from uniform, so that 1e-4 means something
     assert (our_logits(case, "float32") - case.float32).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("scaling", [LINEAR, LLAMA3])
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "both"])
+def test_a_scaling_written_into_a_saved_config_is_that_of_transformers(scaling, spelling, tmp_path):
+    """transformers 5 saves `rope_parameters` of every model, guides ask for `rope_scaling`."""
+    torch.manual_seed(2)
+    save("qwen2", tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["rope_parameters"]["rope_type"] == "default"
+    path.write_text(json.dumps({**saved, "rope_scaling": scaling}))
+    with pytest.raises(ModelError, match=r"got rope_parameters .* and rope_scaling .*, want one of them"):
+        load_policy(tmp_path, "float32")
+    del saved["rope_parameters"]
+    stated = ["rope_parameters", "rope_scaling"] if spelling == "both" else [spelling]
+    path.write_text(json.dumps({**saved, **dict.fromkeys(stated, scaling)}))
+    sequences = some_sequences(*LENGTHS)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    want = hf_logits(theirs, sequences).log_softmax(-1)
+    model = load_policy(tmp_path, "float32")
+    with torch.no_grad():
+        ours = logits(model, forward(model, pack_sequences(sequences))).log_softmax(-1)
+    assert (ours - want).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)

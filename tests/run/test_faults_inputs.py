@@ -5,13 +5,14 @@ import struct
 from pathlib import Path
 
 import pytest
-import torch
 from run import faulty
+from safetensors.torch import load_file, save_file
 from small_engines import byte_tokenizer, save_tiny
 from stages.tiny_data import write
 
 import engine
 from engine.errors import ConfigError, DataError, EngineError, ModelError
+from engine.model.weights import save_scalar, scalar_from_policy
 from engine.train import main
 
 
@@ -96,19 +97,34 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(stage, setting, tmp_path):
         train(config(setting, tmp_path / "run"))
 
 
-def test_a_reward_model_of_a_smaller_vocabulary_is_refused(setting, tmp_path):
-    other = save_tiny("llama", tmp_path / "other")
-    path = other / "config.json"
-    from safetensors.torch import load_file, save_file
+def reward_model_of(rows: int, folder: Path) -> str:
+    """A reward model with only so many rows of its vocabulary."""
+    model = scalar_from_policy(str(save_tiny("llama", folder / "policy")), 0, "float32")
+    save_scalar(model, folder, tokenizer=byte_tokenizer())
+    weights = load_file(folder / "model.safetensors")
+    cut = {name: t[:rows].clone() if t.shape[0] == 263 else t for name, t in weights.items()}
+    save_file(cut, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    return str(folder)
 
-    weights = load_file(other / "model.safetensors")
-    rows = {n: t[:100].clone() if t.shape[0] == 263 else t for n, t in weights.items()}
-    rows.pop("lm_head.weight", None)
-    save_file(rows | {"score.weight": torch.ones(1, 36)}, other / "model.safetensors")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100, "num_labels": 1}))
-    config = faulty.ppo(setting, tmp_path / "run", rewards=[engine.RewardSource(source=str(other))])
-    with pytest.raises(ModelError, match=r"reward 'other'|the value model"):
-        engine.train_ppo(config)
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (100, r"the value model: the tokenizer of .* gives token 258, the model has 0\.\.99"),
+        (259, r"the value model: got a vocabulary of 259 rows, want at least the 263 of .*_token_embeddings\(263\)"),
+    ],
+)
+def test_a_reward_model_of_a_smaller_vocabulary_is_refused(rows, message, setting, tmp_path):
+    """259 are all that the tokenizer has; the policy's other four rows are sampled all the same."""
+    other = reward_model_of(rows, tmp_path / "other")
+    with pytest.raises(ModelError, match=message):
+        engine.train_ppo(faulty.ppo(setting, tmp_path / "run", rewards=[engine.RewardSource(source=other)]))
+    config = faulty.sft(setting, tmp_path / "run", select_by_reward_model=other, select_response_length=8)
+    with pytest.raises(ModelError, match=message.replace("the value model", "select_by_reward_model .*other")):
+        engine.train_sft(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_single_ranked_answer_is_a_bad_row(setting, tmp_path):

@@ -103,6 +103,21 @@ def test_metrics_of_a_checkpoint_wait_for_the_next_line(logging_steps, lines, se
     assert [r["step"] for r in records(tmp_path / "run") if "timing/checkpoint_write" in r] == lines
 
 
+def of_talks(prompts, completions, messages, **columns):
+    """1 where the prompt's text and the column say the same."""
+    assert all(isinstance(text, str) for text in (*prompts, *completions))
+    said = ["hi" if talk is None else talk[-1]["content"] for talk in messages]
+    return [float(text == want) for text, want in zip(prompts, said, strict=True)]
+
+
+def test_a_reward_function_gets_prompts_as_text_and_talks_as_a_column(setting, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(4)] + [{"prompt": "hi"}]
+    data = write(tmp_path / "prompts.jsonl", rows)
+    rewards = [source("stages.test_ppo_records:of_talks")]
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "run", rewards=rewards, dataset_name=data, max_steps=2))
+    assert [record["rewards/of_talks"] for record in records(tmp_path / "run")] == [1.0, 1.0]
+
+
 def test_columns_named_as_a_rewards_arguments_are_not_given_to_it(setting, tmp_path):
     rows = [{"prompt": f"say {i}", "prompts": i, "completions": ["x"]} for i in range(8)]
     data = write(tmp_path / "prompts.jsonl", rows)

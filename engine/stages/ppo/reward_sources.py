@@ -1,7 +1,8 @@
 """Where rewards come from: reward-model folders, Python functions, or a weighted list of both.
 
 A function has TRL's signature: `f(prompts, completions, **columns) -> list[float | None]`; None means that it does not
-apply to that answer and its term is left out.
+apply to that answer and its term is left out. Prompts and completions are text, also of talks, where TRL hands over
+lists of messages; the talk is the column `messages`, a list of messages an episode (None for a row without one).
 """
 
 from __future__ import annotations
