@@ -41,7 +41,7 @@ class RankedGroup:
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
-    """K answers, each with its end-of-sequence token, best rank first from :func:`load_rankings`."""
+    """K answers, each with its end-of-sequence token unless it was cut, best first from :func:`load_rankings`."""
     ranks: tuple[float, ...]
     """Lower is better, equal is a tie."""
     source: str
@@ -66,7 +66,10 @@ def load_rankings(
     * ``prompt``, ``chosen``, ``rejected``: answers, or whole talks that begin with the prompt;
     * ``chosen``, ``rejected``: the prompt is their common beginning, see :func:`split_pair`.
 
-    Texts are strings or lists of messages. A group whose prompt and longest answer have more than
+    Texts are strings or lists of messages. An answer ends with the end-of-sequence token; where
+    ``finish_reasons [K]`` stands beside ``responses``, as :mod:`engine.sample` writes it, those
+    that were cut ("length") do not: PPO has the reward model score cut answers too. A group whose
+    prompt and longest answer have more than
     ``max_length`` tokens is a bad row: an answer without its end would be scored elsewhere.
 
     Raises:
@@ -82,7 +85,9 @@ def load_rankings(
         if encoder.has_template and is_cut(row.columns):
             # Cut from running text, they begin with the white space that a turn's text has not.
             answers = tuple(answer.strip() for answer in answers)
-        responses = tuple(tuple(encoder.answer(answer, talk)) for answer in answers)
+        cut = check_cut(row.columns, len(answers))
+        whole = [encoder.answer(answer, talk) for answer in answers]
+        responses = tuple(tuple(ids[:-1] if c else ids) for ids, c in zip(whole, cut, strict=True))
         longest = max(len(response) for response in responses)
         check_length(len(prompt) + longest, max_length, "the prompt with its longest answer")
         # So ranking_loss needs not sort them, and rows that say the same are the same group.
@@ -129,6 +134,22 @@ def parse_ranking(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float,
         raise BadRow("fewer than two answers", reason)
     texts = tuple(check_answer(answer, f"answer {i}") for i, answer in enumerate(answers))
     return talk, texts, tuple(check_rank(rank, i) for i, rank in enumerate(ranks))
+
+
+def check_cut(columns: Columns, count: int) -> list[bool]:
+    """Whether each answer was cut at its longest: only rows of ``responses`` say it, in ``finish_reasons``.
+
+    Raises:
+        BadRow: not one of "stop" and "length" an answer.
+    """
+    given = columns.get("finish_reasons")
+    if given is None or columns.get("responses") is None:
+        return [False] * count
+    reasons = check_list(given, "finish_reasons")
+    if len(reasons) != count or not all(reason in ("stop", "length") for reason in reasons):
+        reason = f"finish_reasons: got {str(reasons)[:60]}, want 'stop' or 'length' for each of {count} answers"
+        raise BadRow("bad finish reasons", reason)
+    return [reason == "length" for reason in reasons]
 
 
 def check_list(value: Any, column: str) -> list[Any]:

@@ -29,6 +29,7 @@ from engine.errors import DataError
 
 # The order of documents is one pass over them, apart from the order of the rows cut from them.
 DOCUMENT_PASS = 0
+FORMS = ("completion", "messages", "text")  # of a demonstration, by the column that it has; the first counts
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Example:
     tokens: tuple[int, ...]
     response_start: int
     prompt_length: int
-    """Tokens before the response; ``response_start`` too unless the full sequence is trained."""
+    """Tokens of the prompt, 0 of a text without one, before which a token may begin the sequence all the same."""
     source: str
 
     @property
@@ -82,7 +83,8 @@ def load_sft(
             truncated += 1
         check_length(len(tokens), max_length, "the prompt with its response")
         start = 0 if full_sequence else len(prompt)
-        return Example(tuple(tokens), start, len(prompt), row_source(row))
+        asked = 0 if require_column(row.columns, *FORMS) == "text" else len(prompt)
+        return Example(tuple(tokens), start, asked, row_source(row))
 
     return collect(sources, parse, bad_rows, lambda: truncated)
 
@@ -93,7 +95,7 @@ def encode_demonstration(encoder: TextEncoder, columns: Columns) -> tuple[list[i
     Raises:
         BadRow: a missing column, an empty response, a talk that does not end with the assistant.
     """
-    form = require_column(columns, "completion", "messages", "text")
+    form = require_column(columns, *FORMS)
     if form == "completion":
         talk = check_prompt(columns, "prompt")
         response = encoder.answer(check_answer(columns["completion"], "completion"), talk)

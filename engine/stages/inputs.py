@@ -189,8 +189,7 @@ def load_text(
         lines += ["pretraining text:", *ptx.lines()]
     if config.eval_ptx_dataset_name is not None:
         rows = load(config.eval_ptx_dataset_name, 0)
-        chosen = generator(0, "held-out text").permutation(len(rows))[:EVAL_PTX_ROWS]
-        held = [rows[int(i)] for i in sorted(chosen)]
+        held = some_of(rows, EVAL_PTX_ROWS, "held-out text")
         lines += ["held-out text:", *rows.lines(), f"  scored: {len(held)} rows"]
     return ptx, held, tuple(lines)
 
@@ -248,6 +247,12 @@ def load_rm_data(config: RMConfig, tokenizer: Any, context: int) -> RMData:
     return RMData(train, validation, chosen, (*lines, "demonstrations:", *rows.report.lines()))
 
 
+def some_of(rows: Sequence[Any] | PretrainRows, count: int, purpose: str) -> list[Any]:
+    """At most `count` of the rows, in their order: the same for every run, and of every part of a mixture."""
+    chosen = generator(0, purpose).permutation(len(rows))[:count]
+    return [rows[int(i)] for i in sorted(chosen)]
+
+
 def drawn(rows: Sequence[Any], config: RMConfig) -> list[Any]:
     """demonstrations_limit of the rows (all, where there are fewer), in an order that the seed gives."""
     order = generator(config.seed, "rm demonstrations").permutation(len(rows))
@@ -280,7 +285,8 @@ def load_ppo_data(config: PPOConfig, tokenizer: Any, context: int) -> PPOData:
     ptx, held, more = load_text(config, tokenizer, context)
     if any(":" in reward.source for reward in config.rewards):
         lines += not_for_rewards((*train, *validation))
-    return PPOData(train, validation[: config.eval_num_prompts], ptx, held, lines + more)
+    prompts = some_of(validation, config.eval_num_prompts, "validation prompts")
+    return PPOData(train, prompts, ptx, held, lines + more)
 
 
 def identities(config: RunConfig, data: SFTData | RMData | PPOData) -> dict[str, str]:

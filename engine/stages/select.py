@@ -18,12 +18,16 @@ from engine.model.weights import load_scalar
 from engine.run import checkpoint
 from engine.run.session import Session
 from engine.stages.estimates import describe
-from engine.stages.inputs import SFTData
+from engine.stages.inputs import SFTData, some_of
 from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.reward_sources import model_scores
 from engine.stages.ppo.rollout import complete
 
 SELECTION_FILE = "selection.json"
+
+
+def prompts_to_answer(config: SFTConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
+    return some_of(prompts, config.select_num_prompts, "selection prompts")
 
 
 def check_selection(config: SFTConfig, data: SFTData, context: int) -> None:
@@ -34,7 +38,7 @@ def check_selection(config: SFTConfig, data: SFTData, context: int) -> None:
     """
     if config.select_by_reward_model is None:
         return
-    chosen = data.eval_prompts()[: config.select_num_prompts]
+    chosen = prompts_to_answer(config, data.eval_prompts())
     if not chosen:
         rows = "validation" if data.validation else "training"
         raise ConfigError(
@@ -81,7 +85,7 @@ def select_checkpoint(
     reward_model = load_scalar(
         config.select_by_reward_model, dtype=config.dtype, device=config.device
     )
-    chosen = list(prompts[: config.select_num_prompts])
+    chosen = prompts_to_answer(config, prompts)
     scores: dict[str, float] = {}
     wanted = {"model": policy.model.state()}
     for path in kept:

@@ -55,6 +55,17 @@ def test_k_is_free_and_ties_stay(write, raw_tokenizer) -> None:
     assert raw_tokenizer.decode(data[1].responses[2]) == "c<|endoftext|>"
 
 
+def test_an_answer_that_was_cut_has_no_end(write, raw_tokenizer) -> None:
+    """As engine.sample says it; PPO has the reward model score such answers at their last token."""
+    row = {"prompt": "p", "responses": ["abc", "de", "f"], "ranks": [2, 0, 1]}
+    row["finish_reasons"] = ["length", "stop", "length"]
+    (group,) = load_rankings([write(row)], raw_tokenizer)
+    assert [raw_tokenizer.decode(r) for r in group.responses] == ["de<|endoftext|>", "f", "abc"]
+    for reasons in (["stop"], ["stop", "length", "eos"], "stop"):
+        with pytest.raises(DataError, match=r":1: finish_reasons: got .*, want"):
+            load_rankings([write({**row, "finish_reasons": reasons})], raw_tokenizer)
+
+
 def test_the_best_answer_comes_first(write, raw_tokenizer) -> None:
     row = {"prompt": "p", "responses": list("abcde"), "ranks": [3, 1, 2.5, 1, -4]}
     group = load_rankings([write(row)], raw_tokenizer)[0]

@@ -64,7 +64,15 @@ def test_full_sequence_trains_the_prompt_too(write, raw_tokenizer) -> None:
 
 def test_a_text_starts_after_the_first_token_of_the_tokenizer(write, bos_tokenizer) -> None:
     (example,) = load_sft([write({"text": "The cat"})], bos_tokenizer)
-    assert example.tokens[0] == 0 and example.response_start == 1
+    assert example.tokens[0] == 0 and example.response_start == 1 and example.prompt_length == 0
+
+
+def test_texts_are_prompts_of_their_own_whatever_token_begins_them(write, bos_tokenizer) -> None:
+    """Of one and the same prompt a share of the rows would be all or nothing."""
+    data = load_sft([write(*({"text": f"Text number {i}"} for i in range(100)))], bos_tokenizer)
+    assert len({example.key for example in data}) == 100
+    train, held = hold_back(data, 0.2)
+    assert len(train) + len(held) == 100 and 8 <= len(held) <= 32
 
 
 def test_long_rows_are_bad_or_cut_and_counted(write, raw_tokenizer) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from run import faulty
-from small_engines import byte_tokenizer
+from small_engines import CONTEXT, byte_tokenizer
 from stages.tiny_data import write
 
 import engine
+from engine.data.tokenizer import load_tokenizer
 from engine.model.weights import save_scalar, scalar_from_policy
+from engine.stages.inputs import load_ppo_data
 from engine.stages.ppo import evaluate
 from engine.stages.ppo.reward_sources import load_rewards, term_names
 
@@ -39,6 +41,14 @@ def test_rewards_of_equal_names_are_all_in_the_metrics(setting, tmp_path):
     (record,) = records(tmp_path / "run")
     assert record["rewards/constant"] == 0.25 and record["rewards/constant_2"] == -100.0
     assert record["objective/scores"] == -99.75
+
+
+def test_validation_prompts_are_of_every_part_of_a_mixture(setting, tmp_path):
+    parts = [write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(60)]) for name in "ab"]
+    more = {"dataset_name": None, "dataset_mixture": [engine.DataSource(part) for part in parts]}
+    given = faulty.ppo(setting, tmp_path / "run", eval_fraction=0.5, eval_num_prompts=10, **more)
+    found = load_ppo_data(given, load_tokenizer(setting["model"]), CONTEXT).eval_prompts
+    assert len(found) == 10 and len({prompt.source for prompt in found}) == 2
 
 
 def test_reward_models_of_equal_names_are_told_apart(setting, tmp_path):

@@ -76,7 +76,9 @@ def test_the_reward_models_context_counts_too(setting, tmp_path):
 
 def test_the_longest_answer_that_fits_is_taken(setting, tmp_path):
     """Also beside a longer prompt that is not among those to answer."""
-    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "abcdef", "completion": "c"}]
+    prompts = ["abcdef", "abcdef"]
+    prompts[next(i for i in range(2) if select.some_of(range(2), 1, "selection prompts") == [i])] = "ab"
+    rows = [{"prompt": prompt, "completion": "c"} for prompt in prompts]
     data = write(tmp_path / "rows.jsonl", rows)
     given = config(setting, tmp_path / "run", dataset_name=data, select_num_prompts=1)
     length = CONTEXT - 5  # the chat template gives the prompt of two bytes three tokens more
