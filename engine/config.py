@@ -97,6 +97,10 @@ class SFTConfig(EpochConfig):
         """Rows of each batch that are pretraining text."""
         return round(self.batch_size * self.ptx_fraction)
 
+    def texts_beside(self, demonstrations: int) -> int:
+        """The same of a batch with so many demonstrations, of which an epoch's last one may have fewer."""
+        return round(self.ptx_rows * demonstrations / (self.batch_size - self.ptx_rows))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RMConfig(EpochConfig):

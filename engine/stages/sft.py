@@ -109,9 +109,9 @@ class SFTStage:
     def batch(self, rows: Sequence[int], step: int) -> list[Row]:
         """The step's demonstrations and its share of pretraining rows."""
         chosen = [self.demonstration(self.data.train[i], at) for at, i in enumerate(rows)]
-        count = self.config.ptx_rows
-        if count and self.data.ptx is not None:
-            texts = self.data.ptx.rows(range(step * count, (step + 1) * count))
+        if self.data.ptx is not None:
+            first = step * self.config.ptx_rows
+            texts = self.data.ptx.rows(range(first, first + self.config.texts_beside(len(rows))))
             chosen += [Row(tokens, 0, len(rows) + at) for at, tokens in enumerate(texts)]
         return chosen
 

@@ -8,10 +8,12 @@ from small_engines import CONTEXT, save_tiny
 from stages.tiny_data import write_all
 
 import engine
+from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError
 from engine.run import session
 from engine.stages.dry_run import describe
-from engine.stages.sft import epochs_config
+from engine.stages.inputs import load_sft_data
+from engine.stages.sft import SFTStage, epochs_config
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,16 @@ def test_what_is_left_of_a_batch_counts_the_steps(batch, accumulation, share, ma
     given = config(batch, share, accumulation)
     assert given.ptx_rows == made
     assert epochs_config(given).batch_size == given.batch_size - made
+
+
+@pytest.mark.parametrize("batch,share,rows,made", [(8, 0.25, 6, 2), (8, 0.25, 3, 1), (8, 0.25, 1, 0), (32, 0.1, 12, 1)])
+def test_the_last_batch_of_an_epoch_has_the_same_share(batch, share, rows, made, setting):
+    given = config(batch, share)
+    data = load_sft_data(sft(setting, Path("o")), load_tokenizer(setting["model"]), CONTEXT)
+    stage = SFTStage(given, None, data)
+    chosen = stage.batch(range(rows), 3)
+    assert len(chosen) == rows + made
+    assert [row.tokens for row in chosen[rows:]] == data.ptx.rows(range(3 * given.ptx_rows, 3 * given.ptx_rows + made))
 
 
 def test_without_text_steps_count_the_whole_batch():
