@@ -93,6 +93,12 @@ class SFTConfig(EpochConfig):
         )
 
     @property
+    def num_checkpoints(self) -> int:
+        """How many are kept: with a choice among them those of all epochs, as in the paper [C.1]."""
+        chosen_from = self.num_train_epochs if self.select_by_reward_model else 0
+        return self.save_total_limit or max(2, chosen_from)
+
+    @property
     def ptx_rows(self) -> int:
         """Rows of each batch that are pretraining text."""
         return round(self.batch_size * self.ptx_fraction)

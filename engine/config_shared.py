@@ -110,8 +110,8 @@ class RunConfig:
     """Stop after so many optimizer steps (SFT, RM) or iterations (PPO)."""
     save_steps: int | None = None
     """Checkpoint every so many steps (default: at the end of each epoch; PPO: every 20 iterations)."""
-    save_total_limit: int = 2
-    """Checkpoints kept."""
+    save_total_limit: int | None = None
+    """Checkpoints kept (default: 2; with select_by_reward_model one an epoch, to choose among)."""
     eval_steps: int | None = None
     """Validate every so many steps (default: at the end of each epoch; PPO: at the start and the end)."""
     logging_steps: int = 1
@@ -126,6 +126,11 @@ class RunConfig:
     """Under torchrun: copies of the sharded weights (HSDP); processes = replicate x shards."""
     progress: bool = True
     """Show progress on the terminal."""
+
+    @property
+    def num_checkpoints(self) -> int:
+        """How many are kept."""
+        return self.save_total_limit or 2
 
     def __post_init__(self) -> None:
         model = self.model_name_or_path

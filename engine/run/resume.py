@@ -13,12 +13,13 @@ from engine.errors import CheckpointError, ConfigError
 
 # Keys that change no weight of a run: places, records, and how much is computed at once (threads, processes and cuts
 # move the last bits of a sum on some machines, no sample). Data sets are compared by what is in them, not by where they
-# lie.
+# lie. A choice among checkpoints comes after training, often of a finished run, since its model makes the reward model.
 WITHOUT_EFFECT = frozenset(
     {"output_dir", "resume_from_checkpoint", "allow_config_change", "progress",
      "threads", "replicate",
      "micro_batch_tokens", "activation_checkpointing", "peak_memory_gb", "max_active", "kv_cache_gb",
      "save_steps", "save_total_limit", "save_samples",
+     "select_by_reward_model", "select_num_prompts", "select_response_length",
      "logging_steps", "eval_steps", "max_skipped_steps", "reward_timeout_s",
      "data_dir", "dataset_name", "dataset_config", "dataset_train_split", "dataset_mixture",
      "eval_dataset_name", "dataset_test_split", "ptx_dataset_name", "eval_ptx_dataset_name",
@@ -58,8 +59,8 @@ def folder_identity(folder: Path) -> str:
 
 
 def with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config that change the result: what a checkpoint remembers."""
-    return {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
+    """The keys of a config, or the models of its keys, that change the result: what a checkpoint remembers."""
+    return {key: value for key, value in config.items() if key.removeprefix("model.") not in WITHOUT_EFFECT}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -92,7 +93,7 @@ def check_same_run(
         raise CheckpointError(
             f"{where}: does not say which config and inputs it is of; it was written by another version of the engine"
         )
-    then = {name: value or {} for name, value in saved.items()}
+    then = {name: with_effect(value or {}) for name, value in saved.items()}
     known_inputs = sorted(then["inputs"].keys() | inputs.keys())
     known = sorted({*then["config"], *config, *known_inputs})
     for key in allowed:
@@ -103,7 +104,7 @@ def check_same_run(
                 f"allow_config_change: got {key!r}, want keys of the config or {', '.join(known_inputs)}{hint}"
             )
     found = differences(then["config"], with_effect(config))
-    found |= differences(then["inputs"], inputs)
+    found |= differences(then["inputs"], with_effect(inputs))
     refused = {key: text for key, text in found.items() if key not in allowed}
     if refused:
         lines = "\n".join(f"  {key}: {text}" for key, text in refused.items())

@@ -124,7 +124,7 @@ class Session:
             self._lock = files.folder_lock(self.folder)
         self.totals = Totals()
         self._products = exact_products(config.exact_logprobs)
-        self._saver = saver_of(self.folder, config.save_total_limit, ranks)
+        self._saver = saver_of(self.folder, config.num_checkpoints, ranks)
         self._inputs: dict[str, str] = {}
         self._found: Path | None = None
         self._saved_at: int | None = None
@@ -258,7 +258,7 @@ class Session:
         if found.path.resolve().parent != self.folder.resolve():
             return
         with files.refusals_named(self.folder):
-            checkpoint.settle(self.folder, found.step, self.config.save_total_limit)
+            checkpoint.settle(self.folder, found.step, self.config.num_checkpoints)
             if (self.config.resume_from_checkpoint or "").lower() == "true":
                 return  # the newest whole one: later ones are damaged, and stay until new ones replace them
             aside = next_previous(self.folder)

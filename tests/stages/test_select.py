@@ -117,3 +117,20 @@ def test_a_score_that_is_not_finite_chooses_nothing(setting, tmp_path, monkeypat
     with pytest.raises(EngineError, match="select_by_reward_model: .*checkpoint-3 .*not finite"):
         engine.train_sft(config(setting, tmp_path / "run"))
     assert not (tmp_path / "run" / "selection.json").exists()
+
+
+def test_all_epochs_are_compared_and_a_finished_run_can_be_asked_for_it(setting, tmp_path):
+    """The reward model is made from this model, so the choice may come after the training."""
+    given = config(setting, tmp_path / "run", num_train_epochs=4)
+    engine.train_sft(given)
+    chosen = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert len(chosen["mean_reward"]) == 4
+
+    later = config(setting, tmp_path / "later", num_train_epochs=4, save_total_limit=4, select_by_reward_model=None)
+    engine.train_sft(later)
+    assert not (tmp_path / "later" / "selection.json").exists()
+    engine.train_sft(replace(later, select_by_reward_model=setting["rm"], resume_from_checkpoint="true"))
+    assert json.loads((tmp_path / "later" / "selection.json").read_text()) == chosen
+    few = replace(given, save_total_limit=2, output_dir=str(tmp_path / "few"))
+    engine.train_sft(few)
+    assert len(json.loads((tmp_path / "few" / "selection.json").read_text())["mean_reward"]) == 2
