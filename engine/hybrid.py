@@ -11,6 +11,7 @@ samples from, once ``refresh`` has remade the compute copy from the masters.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,13 @@ def token_ids(given: object, wanted: str = "a flat list of token ids") -> list[i
         return [operator.index(item) for item in items]  # type: ignore[arg-type]
     except TypeError:
         raise ConfigError(f"got {repr(given)[:60]}, want {wanted}") from None
+
+
+def check_prompts(prompts: object) -> None:
+    """Raises ConfigError for what is not a list of prompts, one string above all: its letters would be prompts."""
+    if not is_list(prompts) and not isinstance(prompts, Tensor | np.ndarray):
+        got = "one string" if isinstance(prompts, str) else type(prompts).__name__
+        raise ConfigError(f"prompts: got {got}; give a list of prompts, [prompt] for one")
 
 
 class HybridEngine:
@@ -136,6 +144,12 @@ class HybridEngine:
         model = transformer.whole(self.model)
         return self if model is self.model else HybridEngine(model, self.tokenizer, self.limits, self.score_tokens)
 
+    def with_limits(self, limits: Limits) -> HybridEngine:
+        """The same model and tokenizer under other limits."""
+        other = copy.copy(self)
+        other.limits = limits
+        return other
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain Hugging Face folder with the tokenizer."""
         save_policy(self.model, folder, tokenizer=self.tokenizer)
@@ -186,9 +200,7 @@ class HybridEngine:
                 or the cache.
         """
         settings = Sampling(max_new_tokens, temperature, top_k, top_p, greedy)
-        if not is_list(prompts) and not isinstance(prompts, Tensor | np.ndarray):
-            got = "one string" if isinstance(prompts, str) else type(prompts).__name__
-            raise ConfigError(f"prompts: got {got}; give a list of prompts, [prompt] for one")
+        check_prompts(prompts)
         results = generate(
             self.model,
             [self.encode(prompt) for prompt in prompts],

@@ -115,10 +115,9 @@ def iterate(
     ).items():
         stats |= session.totals.add(phase, work, stats[f"timing/{phase}"])
     stats |= {
-        "episode": float(ppo.iteration * config.batch_size),
+        "episode": float(ppo.episodes),
         "perf/peak_memory_gb": ppo.ranks.largest(peak_memory_gb()),
     }
-    check_parity(config, stats)
     done = ppo.iteration
     if done % config.logging_steps == 0 or done == config.num_iterations:
         session.log.metrics(done, stats)
@@ -152,16 +151,6 @@ def timing(
         "perf/update_tokens_per_s": (trained * epochs + ptx_tokens) / stats["timing/update"],
         "perf/tokens_per_s": (trained + ptx_tokens) / total,
     }
-
-
-def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
-    """With max_ratio_deviation, a sampler that disagrees with the trainer ends the run."""
-    deviation, limit = stats.get("parity/first_minibatch_ratio_deviation", 0.0), config.max_ratio_deviation
-    if limit is not None and deviation > limit:
-        raise EngineError(
-            f"parity: the first minibatch's ratio is {deviation:.3g} away from 1, max_ratio_deviation is {limit:g};"
-            " the log-probs being trained are not those that were scored"
-        )
 
 
 def initial_value(
@@ -215,10 +204,9 @@ def is_on_schedule(config: PPOConfig, done: int) -> bool:
 
 def save(session: Session, ppo: PPO) -> None:
     """A checkpoint where one is due or a stop was asked for; ends a run in which nothing is learned any more."""
-    stuck = ppo.skipped_in_a_row >= ppo.config.max_skipped_steps
-    if is_on_schedule(ppo.config, ppo.iteration) or session.stop_requested or stuck:
+    if is_on_schedule(ppo.config, ppo.iteration) or session.stop_requested or ppo.is_stuck:
         save_state(session, ppo)
-    if stuck:
+    if ppo.is_stuck:
         session.wait_for_save()
         raise stuck_error(ppo.iteration, ppo.skipped_in_a_row)
     session.stop_if_asked(ppo.iteration)

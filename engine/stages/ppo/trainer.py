@@ -17,6 +17,8 @@ from torch import Tensor
 
 from engine.config import PPOConfig
 from engine.data.prompts import Prompt
+from engine.errors import EngineError
+from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine
 from engine.hybrid import Prompt as RawPrompt
 from engine.model.heads import ScalarModel
@@ -45,12 +47,23 @@ class Iteration:
     kl: Tensor  # (N,) of the host
 
 
+def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
+    """Raises EngineError where sampler and trainer disagree by more than max_ratio_deviation, if there is one."""
+    deviation, limit = stats.get("parity/first_minibatch_ratio_deviation", 0.0), config.max_ratio_deviation
+    if limit is not None and deviation > limit:
+        raise EngineError(
+            f"parity: the first minibatch's ratio is {deviation:.3g} away from 1, max_ratio_deviation is {limit:g};"
+            " the log-probs being trained are not those that were scored"
+        )
+
+
 class PPO:
     """Policy, value model, frozen reference, and their optimizers.
 
     `policy` is a trainable HybridEngine, `value` a trainable ScalarModel, `reference` a frozen Model.
-    `iteration` counts the steps taken and addresses the random numbers. With several `ranks`, over which policy and
-    value are sharded, all of them make the same calls with the same arguments.
+    `iteration` counts the steps taken, `episodes` the answers handed out, whose random numbers it addresses: no two
+    have the same. Rollouts are made within the config's `max_active` and `kv_cache_gb`. With several `ranks`, over
+    which policy and value are sharded, all of them make the same calls with the same arguments.
     """
 
     def __init__(
@@ -62,7 +75,9 @@ class PPO:
         ranks: Ranks = ALONE,
     ) -> None:
         config = for_models(config, policy.model, ranks)
-        self.policy, self.value, self.reference, self.config = policy, value, reference, config
+        limits = Limits(config.max_active, config.kv_cache_gb, policy.limits.prefill_tokens)
+        self.policy, self.value, self.reference = policy.with_limits(limits), value, reference
+        self.config = config
         self.ranks = ranks
         adam = OptimizerConfig(
             betas=(config.adam_beta1, config.adam_beta2),
@@ -85,14 +100,26 @@ class PPO:
             else AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         )
         self.iteration = 0
+        self.episodes = 0
+        self.episodes_at_step = 0  # those handed out when the last step was taken
         self.skipped_in_a_row = 0
+
+    @property
+    def is_stuck(self) -> bool:
+        """So many steps in a row were skipped, `config.max_skipped_steps`, that nothing is learned any more."""
+        return self.skipped_in_a_row >= self.config.max_skipped_steps
 
     def rollout(self, prompts: Sequence[Prompt | RawPrompt]) -> Rollouts:
         """config.num_samples answers to each prompt (text, messages, token ids or a data set's
-        Prompt), by the current weights."""
-        first = self.iteration * self.config.batch_size
+        Prompt), by the current weights.
+
+        Raises:
+            ConfigError: not a list, or one of them is no prompt.
+        """
         whole = self.policy.whole()  # for as long as this phase takes
-        return rollout(whole, prompts, first, self.config.seed, self.config, self.ranks)
+        rollouts = rollout(whole, prompts, self.episodes, self.config.seed, self.config, self.ranks)
+        self.episodes += rollouts.num_episodes
+        return rollouts
 
     def step(
         self,
@@ -103,8 +130,19 @@ class PPO:
         """Score, reward, advantages, one update; returns the metrics of the iteration.
 
         `scores` is one number an episode, from anywhere; `ptx_rows` are rows of pretraining text for PPO-ptx.
+
+        Raises:
+            EngineError: config.max_skipped_steps steps in a row were skipped; or the first minibatch's ratio is further
+                from 1 than config.max_ratio_deviation. Both are known when the step has been taken.
         """
-        return self.advance(rollouts, scores, ptx_rows).stats
+        stats = self.advance(rollouts, scores, ptx_rows).stats
+        if self.is_stuck:
+            raise EngineError(
+                f"step {self.iteration}: got {self.skipped_in_a_row} optimizer steps in a row with a loss or gradient"
+                f" that is not finite, want fewer than max_skipped_steps = {self.config.max_skipped_steps}; none of"
+                " them moved a weight. Look at the scores and data of these steps, or lower the learning rate"
+            )
+        return stats
 
     def advance(
         self,
@@ -112,7 +150,7 @@ class PPO:
         scores: Tensor | Sequence[float],  # (E,)
         ptx_rows: Sequence[Sequence[int]] = (),
     ) -> Iteration:
-        """`step`, with the per-token KL beside the metrics."""
+        """`step`, with the per-token KL beside the metrics; skipped steps end nothing: see `is_stuck`."""
         config, device = self.config, self.policy.model.device
         cu, ended = to_device(rollouts.cu, device), to_device(rollouts.ended, device)
         reward = to_device(torch.as_tensor(scores, dtype=torch.float32), device)
@@ -153,10 +191,15 @@ class PPO:
         self.kl = self.kl.after(stats["objective/kl"], rollouts.num_episodes)
         self.skipped_in_a_row = int(stats["policy/skipped_in_a_row"])
         self.iteration += 1
+        self.episodes_at_step = self.episodes
+        check_parity(config, stats)
         return Iteration(stats, rewards.kl)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything that the next step depends on: tensors by file, and plain values."""
+        """Everything that the next step depends on: tensors by file, and plain values.
+
+        Rollouts since the last step are not in it; who goes on from here is given the same ones again.
+        """
         learner = self.learner
         tensors = {
             "policy": self.policy.model.state(),
@@ -168,6 +211,7 @@ class PPO:
             tensors["ema"] = learner.ema.state()
         return tensors, {
             "iteration": self.iteration,
+            "episodes": self.episodes_at_step,
             "kl_coef": self.kl.beta,
             "first_kl_coef": self.config.kl_coef,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -190,4 +234,8 @@ class PPO:
         if isinstance(self.kl, AdaptiveKL) and saved.number("first_kl_coef") == self.config.kl_coef:
             self.kl = replace(self.kl, beta=saved.number("kl_coef"))
         self.iteration = int(saved.number("iteration"))
+        # Without the count it is of a run of the stage, from before there was one: a whole batch an iteration.
+        counted = "episodes" in saved.state
+        self.episodes = int(saved.number("episodes")) if counted else self.iteration * self.config.batch_size
+        self.episodes_at_step = self.episodes
         self.skipped_in_a_row = int(saved.number("skipped_in_a_row"))

@@ -1,0 +1,126 @@
+"""engine.PPO in somebody else's loop: addresses of episodes, limits of the config, and what it refuses."""
+
+import dataclasses
+import math
+
+import pytest
+from small_engines import save_tiny
+from stages.test_stages import ppo_config
+from stages.tiny_data import write_all
+
+import engine
+from engine.errors import ConfigError, EngineError
+from engine.generate import generator
+from engine.generate.scheduler import Limits
+from engine.model.weights import save_scalar, scalar_from_policy
+from engine.run.checkpoint import Checkpoint
+
+PROMPTS = ["the cat", "a dog", "one", "two"] * 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = save_tiny("llama", folder / "base")
+    save_scalar(scalar_from_policy(base, seed=0, dtype="float32"), folder / "reward")
+    return base, folder / "reward"
+
+
+@pytest.fixture
+def make(models, data, tmp_path):
+    """A PPO whose config has the changes given."""
+
+    def call(policy_limits=None, **changes):
+        config = ppo_config(*models, data, tmp_path / "ppo", **changes)
+        policy = engine.HybridEngine.from_pretrained(models[0], "float32", trainable=True, limits=policy_limits)
+        value = engine.load_scalar(models[1], "float32", trainable=True)
+        return engine.PPO(policy, value, engine.load_policy(models[0], "float32"), config)
+
+    return call
+
+
+def ids(rollouts):
+    return [c.episode_id for c in rollouts.completions]
+
+
+def tokens(rollouts):
+    return [c.tokens for c in rollouts.completions]
+
+
+def as_checkpoint(ppo, path, without=()):
+    tensors, state = ppo.state()
+    copied = {group: {n: t.clone() for n, t in named.items()} for group, named in tensors.items()}
+    return Checkpoint(path, ppo.iteration, copied, {k: v for k, v in state.items() if k not in without})
+
+
+def test_no_two_episodes_have_the_same_address(make):
+    """However many prompts are given, and however many rollouts lie before a step."""
+    ppo = make(batch_size=4)
+    first, second = ppo.rollout(PROMPTS), ppo.rollout(PROMPTS[:3])
+    assert (ids(first), ids(second)) == (list(range(8)), [8, 9, 10])
+    assert tokens(first)[:3] != tokens(second)  # the same prompts and weights
+    ppo.step(first, [0.0] * 8)
+    assert ids(ppo.rollout(PROMPTS)) == list(range(11, 19))
+
+
+def test_who_goes_on_from_a_state_is_given_the_rollouts_that_had_no_step_again(make, tmp_path):
+    ppo = make(batch_size=4)
+    ppo.step(ppo.rollout(PROMPTS), [1.0] * 8)
+    saved, lost = as_checkpoint(ppo, tmp_path), ppo.rollout(PROMPTS)
+    assert as_checkpoint(ppo, tmp_path).state == saved.state
+    other = make(batch_size=4)
+    other.load_state(saved)
+    again = other.rollout(PROMPTS)
+    assert ids(again) == ids(lost) == list(range(8, 16)) and tokens(again) == tokens(lost)
+
+
+def test_a_checkpoint_without_the_count_goes_on_as_it_did(make, tmp_path):
+    ppo = make(batch_size=8)
+    ppo.step(ppo.rollout(PROMPTS), [1.0] * 8)
+    assert ppo.state()[1]["episodes"] == 8
+    other = make(batch_size=8)
+    other.load_state(as_checkpoint(ppo, tmp_path, without=("episodes",)))
+    assert ids(other.rollout(PROMPTS)) == list(range(8, 16))
+
+
+def test_rollouts_keep_to_the_configs_limits(make, monkeypatch):
+    seen, real = [], generator.Scheduler
+
+    def recording(requests, longest, limits, *rest):
+        seen.append(limits)
+        return real(requests, longest, limits, *rest)
+
+    monkeypatch.setattr(generator, "Scheduler", recording)
+    ppo = make(Limits(9, 1.0, 77), max_active=3, kv_cache_gb=0.25)
+    ppo.rollout(PROMPTS)
+    assert seen == [Limits(3, 0.25, 77)]
+
+
+def test_one_string_is_not_five_prompts(make):
+    with pytest.raises(ConfigError, match=r"prompts: got one string; give a list of prompts, \[prompt\] for one"):
+        make().rollout("hello")
+
+
+def test_steps_that_only_skip_end_in_an_error(make, monkeypatch):
+    ppo = make(max_skipped_steps=4, num_mini_batches=2)
+    for optimizer in (ppo.learner.policy_optimizer, ppo.learner.value_optimizer):
+        monkeypatch.setattr(optimizer, "grad_norm", lambda: math.nan)
+    ppo.step(ppo.rollout(PROMPTS), [1.0] * 8)
+    with pytest.raises(EngineError, match="step 2: got 4 optimizer steps in a row .* max_skipped_steps = 4"):
+        ppo.step(ppo.rollout(PROMPTS), [1.0] * 8)
+    assert ppo.iteration == 2
+
+
+def test_a_sampler_that_is_not_the_trainer_ends_in_an_error(make):
+    ppo = make(max_ratio_deviation=0.1, num_mini_batches=1)
+    rollouts = ppo.rollout(PROMPTS)
+    if not ppo.policy.model.batch_invariant:
+        pytest.skip("the policy scores its answers again")
+    wrong = [dataclasses.replace(c, logprobs=c.logprobs - 0.25) for c in rollouts.completions]
+    with pytest.raises(EngineError, match="parity: the first minibatch's ratio is"):
+        ppo.step(dataclasses.replace(rollouts, completions=tuple(wrong)), [0.0] * 8)
