@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from small_engines import save_tiny
 from stages.test_stages import ppo_config
 from stages.tiny_data import write_all
@@ -104,6 +105,52 @@ def test_rollouts_keep_to_the_configs_limits(make, monkeypatch):
 def test_one_string_is_not_five_prompts(make):
     with pytest.raises(ConfigError, match=r"prompts: got one string; give a list of prompts, \[prompt\] for one"):
         make().rollout("hello")
+
+
+def weights_of(ppo):
+    named = [*ppo.policy.model.parameters().items(), *ppo.value.parameters().items()]
+    return [p.detach().clone() for _, p in named]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (1.0, r"got 1.0, want 4 finite numbers, one an episode"),
+        ([2.5], r"got 1 of them, want 4"),
+        ([0.0] * 5, r"got 5 of them, want 4"),
+        ([0.0, math.nan, 0.0, 0.0], r"got nan for episode 1, want 4"),
+        ([0.0, 0.0, 1e39, 0.0], r"got 1e\+39 for episode 2, want 4"),
+        ([0.0, 0.0, 0.0, None], r"got None for episode 3, want 4"),
+        ([0.0, 0.0, 0.0, "1"], r"got '1' for episode 3, want 4"),
+        (torch.zeros(4, 1), r"got the shape \(4, 1\), want 4"),
+        (torch.tensor(1.0), r"got the shape \(\), want 4"),
+        (torch.tensor([0.0, 0.0, math.inf, 0.0]), r"got inf for episode 2, want 4"),
+    ],
+    ids=str,
+)
+def test_scores_that_are_not_one_number_an_episode_are_refused_before_anything_runs(scores, message, make):
+    ppo = make(batch_size=4)
+    rollouts, before = ppo.rollout(PROMPTS[:4]), weights_of(ppo)
+    with pytest.raises(ConfigError, match=f"^scores: {message}"):
+        ppo.step(rollouts, scores)
+    assert ppo.iteration == 0 and all(map(torch.equal, weights_of(ppo), before))
+
+
+def test_a_step_without_episodes_is_refused(make):
+    ppo = make()
+    with pytest.raises(ConfigError, match="rollouts: got no episodes, want at least one"):
+        ppo.step(ppo.rollout([]), [])
+
+
+def test_scores_of_every_kind_are_the_same(make):
+    given = [0.5, 1.0, -2.0, 0.0]
+    tensor = torch.tensor(given)
+    found = []
+    for scores in (given, tensor, tensor.double().numpy(), tuple(tensor), list(tensor.numpy())):
+        ppo = make(batch_size=4)
+        ppo.step(ppo.rollout(PROMPTS[:4]), scores)
+        found.append(weights_of(ppo))
+    assert all(all(map(torch.equal, one, found[0])) for one in found)
 
 
 def test_steps_that_only_skip_end_in_an_error(make, monkeypatch):

@@ -32,6 +32,7 @@ from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.flops import iteration_work
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
+from engine.stages.ppo.score import checked_scores
 from engine.stages.ppo.trainer import PPO
 from engine.stages.resources import settle_ppo
 
@@ -97,6 +98,7 @@ def iterate(
         reward, terms = total_reward(
             rewards, rollouts, config.token_budget, config.reward_timeout_s, ppo.ranks
         )
+        reward = checked_scores(reward, rollouts.num_episodes)  # a weight may carry the sum out of float32
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
     result = ppo.advance(rollouts, reward, ptx_rows)

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.config import PPOConfig
 from engine.data.prompts import Prompt
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.generate.scheduler import Limits
 from engine.hybrid import HybridEngine
 from engine.hybrid import Prompt as RawPrompt
@@ -34,7 +33,7 @@ from engine.stages.ppo.advantages import rewards_and_advantages
 from engine.stages.ppo.batch import Rollouts, on_host
 from engine.stages.ppo.metrics import episode_metrics
 from engine.stages.ppo.rollout import rollout
-from engine.stages.ppo.score import score
+from engine.stages.ppo.score import checked_scores, score
 from engine.stages.ppo.update import Learner, Targets, update
 from engine.stages.resources import for_models
 
@@ -129,9 +128,10 @@ class PPO:
     ) -> dict[str, float]:
         """Score, reward, advantages, one update; returns the metrics of the iteration.
 
-        `scores` is one number an episode, from anywhere; `ptx_rows` are rows of pretraining text for PPO-ptx.
+        `scores` is one finite number an episode, from anywhere; `ptx_rows` are rows of pretraining text for PPO-ptx.
 
         Raises:
+            ConfigError: no episodes; scores of another shape, or one that is None or not finite. Nothing has run then.
             EngineError: config.max_skipped_steps steps in a row were skipped; or the first minibatch's ratio is further
                 from 1 than config.max_ratio_deviation. Both are known when the step has been taken.
         """
@@ -151,9 +151,11 @@ class PPO:
         ptx_rows: Sequence[Sequence[int]] = (),
     ) -> Iteration:
         """`step`, with the per-token KL beside the metrics; skipped steps end nothing: see `is_stuck`."""
+        if rollouts.num_episodes == 0:
+            raise ConfigError("rollouts: got no episodes, want at least one; give `rollout` prompts")
         config, device = self.config, self.policy.model.device
         cu, ended = to_device(rollouts.cu, device), to_device(rollouts.ended, device)
-        reward = to_device(torch.as_tensor(scores, dtype=torch.float32), device)
+        reward = to_device(checked_scores(scores, rollouts.num_episodes), device)
         started = time.perf_counter()
         passes = score(
             self.policy.model,
