@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,44 @@ def make(models, data, tmp_path):
         return engine.PPO(policy, value, engine.load_policy(models[0], "float32"), config)
 
     return call
+
+
+def test_the_readmes_own_loop_runs(models, tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "engine.PPO(" in b)
+    for place, folder in (("runs/sft", models[0]), ("runs/rm", models[1]), ("runs/ppo", tmp_path / "ppo")):
+        block = block.replace(f'"{place}', f'"{folder}')
+    block = block.replace("output_dir", "response_length=8, output_dir")  # the model's context is small
+    names = {"engine": engine}
+    exec(block, names)
+    assert names["stats"]["val/num_eos_tokens"] >= 0 and names["ppo"].iteration == 1
+    saved = engine.load_policy(tmp_path / "ppo", "float32")
+    assert type(saved) is type(names["reference"])
+    assert engine.load_scalar(tmp_path / "ppo" / "value").constant == names["value"].constant
+
+
+def test_parts_of_another_type_are_named(models, data, tmp_path):
+    config = ppo_config(*models, data, tmp_path / "ppo")
+    good = {
+        "policy": engine.HybridEngine.from_pretrained(models[0], "float32", trainable=True),
+        "value": engine.scalar_from_policy(models[0], 0, "float32"),
+        "reference": engine.load_policy(models[0], "float32"),
+        "config": config,
+    }
+    engine.PPO(**good)
+    frozen_scalar = engine.load_scalar(models[1], "float32")
+    for name, given, message in (
+        ("policy", good["policy"].model, r"got Model, want HybridEngine; give engine\.HybridEngine"),
+        ("policy", engine.HybridEngine.from_pretrained(models[0], "float32"), "got a frozen model, want a trainable"),
+        ("value", good["reference"], r"got Model, want ScalarModel; give engine\.load_scalar"),
+        ("value", frozen_scalar, "got a frozen model, want a trainable one"),
+        ("reference", good["policy"], r"got HybridEngine, want Model; give engine\.load_policy"),
+        ("reference", frozen_scalar, "got ScalarModel, want Model"),
+        ("reference", good["policy"].model, "got the policy's own model, whose KL to itself is always 0"),
+        ("config", vars(config), "got dict, want PPOConfig"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{name}: {message}"):
+            engine.PPO(**good | {name: given})
 
 
 def ids(rollouts):

@@ -56,6 +56,29 @@ def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
         )
 
 
+def check_parts(policy: object, value: object, reference: object, config: object) -> None:
+    """Raises ConfigError for a part of PPO that is of another type, frozen, or the policy twice."""
+    trained = "engine.HybridEngine.from_pretrained(folder, trainable=True)"
+    scalar = "engine.load_scalar(folder, trainable=True), or engine.scalar_from_policy(folder, seed)"
+    frozen = "engine.load_policy(folder)"
+    for name, given, kind, source in (
+        ("policy", policy, HybridEngine, trained),
+        ("value", value, ScalarModel, scalar),
+        ("reference", reference, Model, frozen),
+        ("config", config, PPOConfig, "engine.PPOConfig(...)"),
+    ):
+        if not isinstance(given, kind) or (kind is Model and isinstance(given, ScalarModel)):
+            raise ConfigError(f"{name}: got {type(given).__name__}, want {kind.__name__}; give {source}")
+        if isinstance(given, HybridEngine | ScalarModel):
+            model = given.model if isinstance(given, HybridEngine) else given
+            if not model.trainable:
+                raise ConfigError(f"{name}: got a frozen model, want a trainable one; give {source}")
+        if isinstance(policy, HybridEngine) and isinstance(given, Model) and given.weights is policy.model.weights:
+            raise ConfigError(
+                f"{name}: got the policy's own model, whose KL to itself is always 0, want another; give {source}"
+            )
+
+
 class PPO:
     """Policy, value model, frozen reference, and their optimizers.
 
@@ -63,6 +86,9 @@ class PPO:
     `iteration` counts the steps taken, `episodes` the answers handed out, whose random numbers it addresses: no two
     have the same. Rollouts are made within the config's `max_active` and `kv_cache_gb`. With several `ranks`, over
     which policy and value are sharded, all of them make the same calls with the same arguments.
+
+    Raises:
+        ConfigError: one of them is something else, frozen where it is trained, or the policy's own model.
     """
 
     def __init__(
@@ -73,6 +99,7 @@ class PPO:
         config: PPOConfig,
         ranks: Ranks = ALONE,
     ) -> None:
+        check_parts(policy, value, reference, config)
         config = for_models(config, policy.model, ranks)
         limits = Limits(config.max_active, config.kv_cache_gb, policy.limits.prefill_tokens)
         self.policy, self.value, self.reference = policy.with_limits(limits), value, reference
