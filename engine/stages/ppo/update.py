@@ -229,7 +229,7 @@ def update(
     rollouts, means = targets.rollouts, Means()
     cu, n = rollouts.cu.tolist(), rollouts.num_samples
     parity: dict[str, float] = {}
-    skipped, in_a_row = 0, targets.skipped_in_a_row
+    in_a_row = targets.skipped_in_a_row
     plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
     for number, prompts in plan:
         passes = tuple(training_passes(rollouts, prompts, config.token_budget, ranks))
@@ -238,10 +238,13 @@ def update(
         policy_skipped, first = policy_step(learner, targets, minibatch, share, config, means, ranks)
         parity |= first
         value_skipped = value_step(learner, targets, minibatch, config, means)
-        skipped += policy_skipped + value_skipped
         in_a_row = in_a_row + 1 if policy_skipped or value_skipped else 0
-    stats = metrics(means.over(ranks), skipped) | parity
-    return stats | {"policy/skipped_in_a_row": float(in_a_row)}
+    stats = metrics(means.over(ranks)) | parity
+    return stats | {
+        "policy/skipped_steps": float(learner.policy_optimizer.skipped),  # of the whole run: no line can miss one
+        "val/skipped_steps": float(learner.value_optimizer.skipped),
+        "policy/skipped_in_a_row": float(in_a_row),
+    }
 
 
 def policy_step(
@@ -309,11 +312,10 @@ def of_all_ranks(
     return chosen, wide[1, chosen]
 
 
-def metrics(means: Means, skipped: int) -> dict[str, float]:
+def metrics(means: Means) -> dict[str, float]:
     """TRL's names, over real tokens only."""
     out = {name: means[key] for name, key in REPORTED.items() if key in means.sums}
     if "excess" in means.sums:
         out["val/ratio"] = 1.0 + means["excess"]
         out["val/ratio_var"] = max(means["excess_squared"] - means["excess"] ** 2, 0.0)
-    out["policy/skipped_steps"] = float(skipped)
     return out
