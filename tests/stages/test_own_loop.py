@@ -211,3 +211,24 @@ def test_a_sampler_that_is_not_the_trainer_ends_in_an_error(make):
     wrong = [dataclasses.replace(c, logprobs=c.logprobs - 0.25) for c in rollouts.completions]
     with pytest.raises(EngineError, match="parity: the first minibatch's ratio is"):
         ppo.step(dataclasses.replace(rollouts, completions=tuple(wrong)), [0.0] * 8)
+
+
+@pytest.mark.parametrize("clamp", [None, 2.0])
+def test_a_log_ratio_beyond_the_clamp_has_no_gradient(clamp, make):
+    """All log-ratios are 3. The clip alone leaves tokens of negative advantage their gradient."""
+    ppo = make(max_ratio_deviation=None, num_mini_batches=1, log_ratio_clamp=clamp)
+    if not ppo.policy.model.batch_invariant:
+        pytest.skip("the policy scores its answers again")
+    rollouts = ppo.rollout(PROMPTS)
+    moved = [dataclasses.replace(c, logprobs=c.logprobs - 3.0) for c in rollouts.completions]
+    stats = ppo.step(dataclasses.replace(rollouts, completions=tuple(moved)), [float(i) for i in range(8)])
+    assert (stats["policy/grad_norm_ppo"] > 0) == (clamp is None)
+    u = clamp or 3.0
+    assert stats["policy/approxkl_k1_avg"] == pytest.approx(-u, rel=1e-5)
+    assert stats["policy/approxkl_avg"] == pytest.approx(u**2 / 2, rel=1e-5)
+    assert stats["policy/approxkl_k3_avg"] == pytest.approx(math.expm1(u) - u, rel=1e-5)
+
+
+def test_a_clamp_is_above_0(make):
+    with pytest.raises(ConfigError, match="log_ratio_clamp: got 0"):
+        make(log_ratio_clamp=0)

@@ -29,6 +29,8 @@ REPORTED = {  # metric -> the mean that it is
     "loss/value_avg": "value_loss",
     "loss/ptx_avg": "ptx_loss",
     "policy/approxkl_avg": "approxkl",
+    "policy/approxkl_k1_avg": "approxkl_k1",
+    "policy/approxkl_k3_avg": "approxkl_k3",
     "policy/clipfrac_avg": "clipfrac",
     "policy/entropy_avg": "entropy",
     "val/clipfrac_avg": "value_clipfrac",
@@ -137,7 +139,12 @@ def policy_backward(
 
     def clipped(logprob: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
         return ops.ppo_policy_loss(
-            logprob, old[at], advantage[at], clip=config.cliprange, denominator=float(count)
+            logprob,
+            old[at],
+            advantage[at],
+            clip=config.cliprange,
+            denominator=float(count),
+            log_ratio_clamp=config.log_ratio_clamp,
         )
 
     loss, logprob, entropy = answer_loss(
@@ -154,7 +161,7 @@ def policy_backward(
     excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
     _, stats = clipped(logprob, slice(0, n))
     means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.mean())
-    means.add(n, clipfrac=stats["clipfrac"], approxkl=stats["approxkl"])
+    means.add(n, **{name: stats[name] for name in ("clipfrac", "approxkl", "approxkl_k1", "approxkl_k3")})
     means.add(n, excess=excess.mean(), excess_squared=excess.square().mean())
     return logprob
 
