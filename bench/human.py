@@ -79,7 +79,8 @@ def ppo_result(folder: Path) -> dict[str, Any]:
         if "eval/score" in row
     ]
     steps = [row for row in rows if "objective/kl" in row]
-    keys = ("objective/scores", "objective/kl", "objective/rlhf_reward", "val/explained_variance",
+    keys = ("objective/scores", "objective/raw_scores", "objective/kl", "objective/rlhf_reward",
+            "val/explained_variance",
             "policy/grad_norm_ppo", "policy/grad_norm_ptx", "parity/max_abs_logprob_diff",
             "perf/rollout_tokens_per_s", "perf/update_tokens_per_s", "perf/peak_memory_gb",
             "timing/rollout", "timing/score", "timing/update", "timing/iteration")  # fmt: skip

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from engine.hybrid import HybridEngine as HybridEngine
     from engine.model.weights import load_policy as load_policy
     from engine.model.weights import load_scalar as load_scalar
+    from engine.model.weights import save_scalar as save_scalar
+    from engine.model.weights import scalar_from_policy as scalar_from_policy
     from engine.stages.ppo.loop import train_ppo as train_ppo
     from engine.stages.ppo.trainer import PPO as PPO
     from engine.stages.rm import train_reward_model as train_reward_model
@@ -44,6 +46,8 @@ _HOMES = {
     "Completion": "engine.hybrid",
     "load_policy": "engine.model.weights",
     "load_scalar": "engine.model.weights",
+    "scalar_from_policy": "engine.model.weights",
+    "save_scalar": "engine.model.weights",
     "train_sft": "engine.stages.sft",
     "train_reward_model": "engine.stages.rm",
     "train_ppo": "engine.stages.ppo.loop",

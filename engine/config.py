@@ -202,6 +202,8 @@ class PPOConfig(RunConfig):
     """GAE's lambda; not in the paper, 0.95 in its predecessors."""
     cliprange: float = 0.2
     """Of the policy's ratio [paper C.4]."""
+    log_ratio_clamp: float | None = None
+    """Largest absolute log of that ratio, beyond which a token has no gradient (20 is usual); null turns it off."""
     cliprange_value: float | None = 0.2
     """Of the value's change; null turns it off."""
     whiten_advantages: bool = True
@@ -248,6 +250,7 @@ class PPOConfig(RunConfig):
             "kl_target",
             "kl_horizon",
             "cliprange",
+            "log_ratio_clamp",
             "cliprange_value",
             "ptx_length",
             "eval_num_prompts",

@@ -11,8 +11,9 @@ samples from, once ``refresh`` has remade the compute copy from the masters.
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,11 @@ def is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def token_ids(given: object, wanted: str = "a flat list of token ids") -> list[int]:
+def token_ids(given: object, wanted: str = "a flat list of token ids", key: str = "") -> list[int]:
     """Whole numbers, of Python, numpy or torch, as a list of int.
 
     Raises:
-        ConfigError: something else than `wanted`.
+        ConfigError: something else than `wanted`; the message begins with `key`.
     """
     values = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     items = list(cast(Sequence[object], values)) if is_list(values) else None
@@ -64,7 +65,29 @@ def token_ids(given: object, wanted: str = "a flat list of token ids") -> list[i
             raise TypeError
         return [operator.index(item) for item in items]  # type: ignore[arg-type]
     except TypeError:
-        raise ConfigError(f"got {repr(given)[:60]}, want {wanted}") from None
+        raise ConfigError(f"{key}got {repr(given)[:60]}, want {wanted}") from None
+
+
+def stop_ids(given: object, vocab_size: int) -> frozenset[int]:
+    """Tokens of the vocabulary, from a list, set or tensor of their ids.
+
+    Raises:
+        ConfigError: something else.
+    """
+    key = "stop_token_ids: "
+    wanted = f"a flat list of token ids of the vocabulary, 0 to {vocab_size - 1}; give [id] for one"
+    ids = token_ids(list(given) if isinstance(given, Set) else given, wanted, key)
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{key}got {token}, want {wanted}")
+    return frozenset(ids)
+
+
+def check_prompts(prompts: object) -> None:
+    """Raises ConfigError for what is not a list of prompts, one string above all: its letters would be prompts."""
+    if not is_list(prompts) and not isinstance(prompts, Tensor | np.ndarray):
+        got = "one string" if isinstance(prompts, str) else type(prompts).__name__
+        raise ConfigError(f"prompts: got {got}; give a list of prompts, [prompt] for one")
 
 
 class HybridEngine:
@@ -136,6 +159,12 @@ class HybridEngine:
         model = transformer.whole(self.model)
         return self if model is self.model else HybridEngine(model, self.tokenizer, self.limits, self.score_tokens)
 
+    def with_limits(self, limits: Limits) -> HybridEngine:
+        """The same model and tokenizer under other limits."""
+        other = copy.copy(self)
+        other.limits = limits
+        return other
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain Hugging Face folder with the tokenizer."""
         save_policy(self.model, folder, tokenizer=self.tokenizer)
@@ -171,7 +200,7 @@ class HybridEngine:
         top_k: int | None = None,
         top_p: float | None = None,
         greedy: bool = False,
-        stop_token_ids: Sequence[int] = (),
+        stop_token_ids: Sequence[int] | Set[int] = (),
     ) -> list[Completion]:
         """Sample ``n`` completions a prompt; result i * n + k is sample k of prompt i.
 
@@ -183,17 +212,15 @@ class HybridEngine:
 
         Raises:
             ConfigError: an empty prompt, or one that with its new tokens does not fit the context
-                or the cache.
+                or the cache; a stop token that is no token of the vocabulary.
         """
         settings = Sampling(max_new_tokens, temperature, top_k, top_p, greedy)
-        if not is_list(prompts) and not isinstance(prompts, Tensor | np.ndarray):
-            got = "one string" if isinstance(prompts, str) else type(prompts).__name__
-            raise ConfigError(f"prompts: got {got}; give a list of prompts, [prompt] for one")
+        check_prompts(prompts)
         results = generate(
             self.model,
             [self.encode(prompt) for prompt in prompts],
             settings,
-            self.eos_ids | frozenset(stop_token_ids),
+            self.eos_ids | stop_ids(stop_token_ids, self.model.architecture.vocab_size),
             n,
             seed,
             episode_ids,

@@ -68,6 +68,32 @@ def test_a_stop_token_of_the_call_ends_a_sequence(engine):
     ended = engine.generate(["q"], max_new_tokens=12, stop_token_ids=[stop])[0]
     assert ended.tokens == free.tokens[: free.tokens.index(stop) + 1]
     assert ended.finish_reason == "stop"
+    for given in (torch.tensor([stop]), [torch.tensor(stop)], np.array([stop]), {stop}, frozenset([stop]), (stop,)):
+        assert engine.generate(["q"], max_new_tokens=12, stop_token_ids=given)[0].tokens == ended.tokens, given
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (5, "5"),
+        ("28", "'28'"),
+        (["<|end|>"], r"\['<|end|>'\]"),
+        ({"<|end|>"}, r"\['<|end|>'\]"),
+        (torch.tensor(5), r"tensor\(5\)"),
+        (torch.tensor([[5]]), r"tensor\(\[\[5\]\]\)"),
+        ([5.0], r"\[5.0\]"),
+        ([10**9], "1000000000"),
+        ([5, -1], "-1"),
+        (None, "None"),
+    ],
+    ids=str,
+)
+def test_what_is_no_stop_token_is_named(engine, given, got):
+    got = got.replace("|", r"\|")
+    last = engine.model.architecture.vocab_size - 1
+    want = rf"want a flat list of token ids of the vocabulary, 0 to {last}; give \[id\] for one"
+    with pytest.raises(ConfigError, match=f"^stop_token_ids: got {got}, {want}"):
+        engine.generate(["q"], stop_token_ids=given)
 
 
 def test_the_end_of_sequence_token_comes_from_the_tokenizer_and_the_generation_config(engine):

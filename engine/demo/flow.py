@@ -141,8 +141,8 @@ def ppo(plan: Plan) -> Facts:
         "tokens": round(tokens),
         "iterations": len(steps),
         "episodes": last(records, "episode"),
-        "score_before": steps[0]["objective/scores"],
-        "score_after": steps[-1]["objective/scores"],
+        "score_before": steps[0]["objective/raw_scores"],
+        "score_after": steps[-1]["objective/raw_scores"],
         "parity_max_abs_logprob_diff": max(r["parity/max_abs_logprob_diff"] for r in steps),
     }
 

@@ -64,11 +64,11 @@ def with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Key -> "was x, is y" of every key that differs."""
+    """Key -> "was x, is y" of every key that differs; null is as absent: off, as before there was such a key."""
     wanted = json.loads(json.dumps(dict(now)))
     out = {}
     for key in sorted(saved.keys() | wanted.keys()):
-        if key in saved and key in wanted and saved[key] == wanted[key]:
+        if saved.get(key) == wanted.get(key):
             continue
         was, now_is = (json.dumps(d[key]) if key in d else "absent" for d in (saved, wanted))
         out[key] = f"was {was}, is {now_is}"

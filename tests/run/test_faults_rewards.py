@@ -238,3 +238,9 @@ def test_no_alarm_outside_the_main_thread():
     thread.start()
     thread.join()
     assert "--reward_timeout_s null" in errors[0]
+
+
+def test_a_weighted_sum_beyond_float32_ends_the_run(setting, tmp_path):
+    sources = [engine.RewardSource(source="run.faulty:constant", weight=1e40)]
+    with pytest.raises(EngineError, match="scores: got inf for episode 0, want 4 finite numbers"):
+        engine.train_ppo(faulty.ppo(setting, tmp_path / "run", rewards=sources))

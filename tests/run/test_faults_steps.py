@@ -108,7 +108,8 @@ def test_ppo_skips_counts_and_ends(setting, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="step 4: 4 optimizer steps in a row"):
         engine.train_ppo(config)
     found = [r for r in records(tmp_path / "run") if "policy/skipped_steps" in r]
-    assert [r["policy/skipped_steps"] for r in found] == [0.0, 1.0, 4.0, 4.0]
+    assert [r["policy/skipped_steps"] for r in found] == [0.0, 1.0, 3.0, 5.0]
+    assert [r["val/skipped_steps"] for r in found] == [0.0, 0.0, 2.0, 4.0]
     assert [r["policy/skipped_in_a_row"] for r in found] == [0.0, 0.0, 2.0, 4.0]
     (saved,) = checkpoint.kept(tmp_path / "run")
     assert saved.name == "checkpoint-4"
@@ -118,3 +119,12 @@ def test_ppo_skips_counts_and_ends(setting, tmp_path, monkeypatch):
             engine.train_ppo(dataclasses.replace(config, resume_from_checkpoint="true"))
     engine.train_ppo(dataclasses.replace(config, resume_from_checkpoint="true"))
     assert (tmp_path / "run" / "model.safetensors").exists()
+    last = records(tmp_path / "run")[-1]
+    assert last["policy/skipped_steps"] == 7.0 and last["val/skipped_steps"] == 6.0
+
+
+def test_ppo_lines_that_are_not_logged_lose_no_skip(setting, tmp_path, monkeypatch):
+    poison_gradients(monkeypatch, {4})
+    engine.train_ppo(faulty.ppo(setting, tmp_path / "run", total_episodes=16, logging_steps=4))
+    (line,) = records(tmp_path / "run")
+    assert line["step"] == 4 and line["policy/skipped_steps"] == 1.0 and line["val/skipped_steps"] == 0.0

@@ -126,10 +126,11 @@ def test_every_flag_that_the_refusal_recommends_is_taken():
 
 
 def test_differences_name_added_and_removed_keys():
-    assert differences({"a": 1, "b": [1]}, {"b": [1, 2], "c": None}) == {
+    """Not one that is null: a checkpoint from before there was such a key is of the same run."""
+    assert differences({"a": 1, "b": [1], "e": None}, {"b": [1, 2], "c": 0, "d": None}) == {
         "a": "was 1, is absent",
         "b": "was [1], is [1, 2]",
-        "c": "was absent, is null",
+        "c": "was absent, is 0",
     }
 
 

@@ -35,6 +35,8 @@ REPORTED = {
     "loss/ptx_avg": WANT["ptx_loss"],
     "policy/clipfrac_avg": WANT["policy"]["clipfrac"],
     "policy/approxkl_avg": WANT["policy"]["approx_kl_k2"],
+    "policy/approxkl_k1_avg": WANT["policy"]["approx_kl_k1"],
+    "policy/approxkl_k3_avg": WANT["policy"]["approx_kl_k3"],
     "policy/entropy_avg": WANT["entropy_new_masked_mean"],
     "val/clipfrac_avg": WANT["value"]["clipfrac"],
     "val/ratio": WANT["policy"]["ratio_mean"],

@@ -51,6 +51,20 @@ def test_validation_prompts_are_of_every_part_of_a_mixture(setting, tmp_path):
     assert len(found) == 10 and len({prompt.source for prompt in found}) == 2
 
 
+def test_scores_are_what_was_paid_and_raw_scores_what_the_reward_gave(setting, tmp_path):
+    """TRL's names, with TRL's sum."""
+    engine.train_ppo(
+        faulty.ppo(
+            setting, tmp_path / "run", "constant", max_steps=1, missing_eos_penalty=3.0, response_length=1, kl_coef=0.5
+        )
+    )  # fmt: skip
+    (record,) = records(tmp_path / "run")
+    assert record["objective/raw_scores"] == 0.25 and record["val/eos_rate"] < 1
+    assert record["objective/scores"] == pytest.approx(0.25 - 3.0 * (1 - record["val/eos_rate"]))
+    sum_ = record["objective/non_score_reward"] + record["objective/scores"]
+    assert record["objective/rlhf_reward"] == pytest.approx(sum_)
+
+
 def test_reward_models_of_equal_names_are_told_apart(setting, tmp_path):
     folders = [tmp_path / name / "rm" for name in ("one", "two")]
     for folder in folders:

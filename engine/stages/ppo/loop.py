@@ -32,6 +32,7 @@ from engine.stages.ppo.batch import Rollouts
 from engine.stages.ppo.evaluate import evaluate, sample_rows
 from engine.stages.ppo.flops import iteration_work
 from engine.stages.ppo.reward_sources import Reward, load_rewards, total_reward
+from engine.stages.ppo.score import checked_scores
 from engine.stages.ppo.trainer import PPO
 from engine.stages.resources import settle_ppo
 
@@ -97,6 +98,7 @@ def iterate(
         reward, terms = total_reward(
             rewards, rollouts, config.token_budget, config.reward_timeout_s, ppo.ranks
         )
+        reward = checked_scores(reward, rollouts.num_episodes)  # a weight may carry the sum out of float32
     rewarded = time.perf_counter()
     ptx_rows = data.draw_ptx(round(config.batch_size * config.ptx_per_episode), iteration)
     result = ppo.advance(rollouts, reward, ptx_rows)
@@ -115,10 +117,9 @@ def iterate(
     ).items():
         stats |= session.totals.add(phase, work, stats[f"timing/{phase}"])
     stats |= {
-        "episode": float(ppo.iteration * config.batch_size),
+        "episode": float(ppo.episodes),
         "perf/peak_memory_gb": ppo.ranks.largest(peak_memory_gb()),
     }
-    check_parity(config, stats)
     done = ppo.iteration
     if done % config.logging_steps == 0 or done == config.num_iterations:
         session.log.metrics(done, stats)
@@ -152,16 +153,6 @@ def timing(
         "perf/update_tokens_per_s": (trained * epochs + ptx_tokens) / stats["timing/update"],
         "perf/tokens_per_s": (trained + ptx_tokens) / total,
     }
-
-
-def check_parity(config: PPOConfig, stats: dict[str, float]) -> None:
-    """With max_ratio_deviation, a sampler that disagrees with the trainer ends the run."""
-    deviation, limit = stats.get("parity/first_minibatch_ratio_deviation", 0.0), config.max_ratio_deviation
-    if limit is not None and deviation > limit:
-        raise EngineError(
-            f"parity: the first minibatch's ratio is {deviation:.3g} away from 1, max_ratio_deviation is {limit:g};"
-            " the log-probs being trained are not those that were scored"
-        )
 
 
 def initial_value(
@@ -215,10 +206,9 @@ def is_on_schedule(config: PPOConfig, done: int) -> bool:
 
 def save(session: Session, ppo: PPO) -> None:
     """A checkpoint where one is due or a stop was asked for; ends a run in which nothing is learned any more."""
-    stuck = ppo.skipped_in_a_row >= ppo.config.max_skipped_steps
-    if is_on_schedule(ppo.config, ppo.iteration) or session.stop_requested or stuck:
+    if is_on_schedule(ppo.config, ppo.iteration) or session.stop_requested or ppo.is_stuck:
         save_state(session, ppo)
-    if stuck:
+    if ppo.is_stuck:
         session.wait_for_save()
         raise stuck_error(ppo.iteration, ppo.skipped_in_a_row)
     session.stop_if_asked(ppo.iteration)

@@ -26,21 +26,26 @@ def explained_variance(value: Tensor, returns: Tensor) -> float:
 def episode_metrics(
     rollouts: Rollouts, scores: Scores, rewards: Rewards, advantages: Advantages, kl_coef: float
 ) -> dict[str, float]:
-    """What the episodes of this iteration were like. KL is summed over each sequence and averaged over episodes."""
+    """What the episodes of this iteration were like. KL is summed over each sequence and averaged over episodes.
+
+    `objective/scores` is what was paid, after the missing-EOS rule, as in TRL: rlhf_reward = non_score_reward + scores.
+    `objective/raw_scores` is what the reward sources gave.
+    """
     cu, lengths = rollouts.cu, np.array(rollouts.lengths)
     kl = segment_sums(rewards.kl, cu)
     log_ratio = segment_sums(scores.old_logprob - scores.ref_logprob, cu)
     penalty = -kl_coef * kl
-    score = scores.score.double()
+    score = rewards.paid_score.double()
     out = {
         "objective/kl": float(log_ratio.mean()),
         "objective/kl_penalty": float(kl.mean()),
         "objective/kl_coef": kl_coef,
         "objective/entropy": float(segment_sums(-scores.old_logprob, cu).mean()),
         "objective/non_score_reward": float(penalty.mean()),
-        "objective/rlhf_reward": float((penalty + rewards.paid_score.double()).mean()),
+        "objective/rlhf_reward": float((penalty + score).mean()),
         "objective/scores": float(score.mean()),
         "objective/scores_std": float(score.std(unbiased=False)),
+        "objective/raw_scores": float(scores.score.double().mean()),
         "policy/token_entropy": float(rollouts.entropy.mean()),
         "val/num_eos_tokens": float(rollouts.ended.sum()),
         "val/eos_rate": float(rollouts.ended.float().mean()),

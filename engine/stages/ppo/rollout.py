@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.config import PPOConfig
 from engine.data.prompts import Prompt
-from engine.hybrid import Completion, HybridEngine
+from engine.hybrid import Completion, HybridEngine, check_prompts
 from engine.hybrid import Prompt as RawPrompt
 from engine.run.distributed import ALONE, Ranks
 from engine.stages.ppo.batch import Rollouts
@@ -99,7 +99,11 @@ def rollout(
 
     Episode ids count from `first_episode` and address the random numbers, so that an episode is the
     same whatever else runs beside it.
+
+    Raises:
+        ConfigError: not a list, or one of them is no prompt.
     """
+    check_prompts(prompts)
     chosen = tuple(as_prompt(policy, prompt) for prompt in prompts)
     count = len(chosen) * config.num_samples
     completions = complete(

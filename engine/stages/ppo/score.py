@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
+from engine.hybrid import is_list
 from engine.model.heads import ScalarModel
 from engine.model.transformer import Model, whole
 from engine.run.device import to_device
 from engine.run.distributed import ALONE, Ranks
 from engine.stages.ppo.batch import Rollouts, Scores
 from engine.stages.ppo.forward import all_values, answer_logprobs, micro_batches
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def checked_scores(given: object, count: int) -> Tensor:  # (count,) float32
+    """The score of each of `count` episodes, as a list, array or tensor has it.
+
+    Raises:
+        ConfigError: it has another shape, or one is no number that is finite in float32.
+    """
+    wanted = (
+        f"want {count} finite numbers, one an episode of the rollouts, in their order; what makes the scores must give"
+        " one for every episode"
+    )
+    if isinstance(given, Tensor | np.ndarray) and given.shape != (count,):
+        raise ConfigError(f"scores: got the shape {tuple(given.shape)}, {wanted}")
+    values: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    if not is_list(values):
+        raise ConfigError(f"scores: got {repr(values)[:40]}, {wanted}")
+    if len(values) != count:
+        raise ConfigError(f"scores: got {len(values)} of them, {wanted}")
+    numbers: list[Any] = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in values]
+    for episode, number in enumerate(numbers):
+        if not isinstance(number, Real) or not -LARGEST <= number <= LARGEST:  # type: ignore[operator]  # nan too
+            raise ConfigError(f"scores: got {repr(number)[:40]} for episode {episode}, {wanted}")
+    return torch.tensor([float(number) for number in numbers])
 
 
 @torch.no_grad()

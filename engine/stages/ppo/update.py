@@ -29,6 +29,8 @@ REPORTED = {  # metric -> the mean that it is
     "loss/value_avg": "value_loss",
     "loss/ptx_avg": "ptx_loss",
     "policy/approxkl_avg": "approxkl",
+    "policy/approxkl_k1_avg": "approxkl_k1",
+    "policy/approxkl_k3_avg": "approxkl_k3",
     "policy/clipfrac_avg": "clipfrac",
     "policy/entropy_avg": "entropy",
     "val/clipfrac_avg": "value_clipfrac",
@@ -137,7 +139,12 @@ def policy_backward(
 
     def clipped(logprob: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
         return ops.ppo_policy_loss(
-            logprob, old[at], advantage[at], clip=config.cliprange, denominator=float(count)
+            logprob,
+            old[at],
+            advantage[at],
+            clip=config.cliprange,
+            denominator=float(count),
+            log_ratio_clamp=config.log_ratio_clamp,
         )
 
     loss, logprob, entropy = answer_loss(
@@ -154,7 +161,7 @@ def policy_backward(
     excess = torch.expm1((logprob - old).double())  # ratio - 1, without losing its digits
     _, stats = clipped(logprob, slice(0, n))
     means.add(n, policy_loss=loss.detach() * (count / n), entropy=entropy.mean())
-    means.add(n, clipfrac=stats["clipfrac"], approxkl=stats["approxkl"])
+    means.add(n, **{name: stats[name] for name in ("clipfrac", "approxkl", "approxkl_k1", "approxkl_k3")})
     means.add(n, excess=excess.mean(), excess_squared=excess.square().mean())
     return logprob
 
@@ -229,7 +236,7 @@ def update(
     rollouts, means = targets.rollouts, Means()
     cu, n = rollouts.cu.tolist(), rollouts.num_samples
     parity: dict[str, float] = {}
-    skipped, in_a_row = 0, targets.skipped_in_a_row
+    in_a_row = targets.skipped_in_a_row
     plan = list(minibatches(len(rollouts.prompts), config, targets.iteration))
     for number, prompts in plan:
         passes = tuple(training_passes(rollouts, prompts, config.token_budget, ranks))
@@ -238,10 +245,13 @@ def update(
         policy_skipped, first = policy_step(learner, targets, minibatch, share, config, means, ranks)
         parity |= first
         value_skipped = value_step(learner, targets, minibatch, config, means)
-        skipped += policy_skipped + value_skipped
         in_a_row = in_a_row + 1 if policy_skipped or value_skipped else 0
-    stats = metrics(means.over(ranks), skipped) | parity
-    return stats | {"policy/skipped_in_a_row": float(in_a_row)}
+    stats = metrics(means.over(ranks)) | parity
+    return stats | {
+        "policy/skipped_steps": float(learner.policy_optimizer.skipped),  # of the whole run: no line can miss one
+        "val/skipped_steps": float(learner.value_optimizer.skipped),
+        "policy/skipped_in_a_row": float(in_a_row),
+    }
 
 
 def policy_step(
@@ -309,11 +319,10 @@ def of_all_ranks(
     return chosen, wide[1, chosen]
 
 
-def metrics(means: Means, skipped: int) -> dict[str, float]:
+def metrics(means: Means) -> dict[str, float]:
     """TRL's names, over real tokens only."""
     out = {name: means[key] for name, key in REPORTED.items() if key in means.sums}
     if "excess" in means.sums:
         out["val/ratio"] = 1.0 + means["excess"]
         out["val/ratio_var"] = max(means["excess_squared"] - means["excess"] ** 2, 0.0)
-    out["policy/skipped_steps"] = float(skipped)
     return out
