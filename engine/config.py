@@ -55,12 +55,18 @@ class SFTConfig(EpochConfig):
     """Dropout on each attention and MLP output before the residual is added; the paper has 0.2."""
     ptx_dataset_name: str | None = None
     """Pretraining text mixed into every batch (RL-init)."""
+    ptx_dataset_split: str = "train"
+    """Its split, when it is a hub id or a folder."""
+    ptx_dataset_config: str | None = None
+    """Configuration of a hub data set of text, of the held-out one too."""
     ptx_fraction: float = 0.0
     """Share of each batch's rows that is pretraining text; the paper's RL-init has 0.1."""
     ptx_length: int = 512
     """Tokens of one pretraining row."""
     eval_ptx_dataset_name: str | None = None
     """Held-out pretraining text; its loss is logged beside the demonstrations'."""
+    eval_ptx_dataset_split: str = "test"
+    """Its split, when it is a hub id or a folder."""
     select_by_reward_model: str | None = None
     """A reward-model folder: samples of every kept checkpoint are scored and the best one is marked [paper 3.5]."""
     select_num_prompts: int = 64
@@ -122,6 +128,10 @@ class RMConfig(EpochConfig):
     """Pairs' loss averaged within a prompt (over the pairs that are not ties, or over all C(K,2)), or over pairs."""
     demonstrations_name: str | None = None
     """SFT rows whose mean score becomes 0 after training [paper 3.5]; without it the best-ranked answers serve."""
+    demonstrations_split: str = "train"
+    """Their split, when they are a hub id or a folder."""
+    demonstrations_config: str | None = None
+    """Configuration of a hub data set of demonstrations."""
     demonstrations_limit: int = 512
     """Rows of demonstrations that are scored for that."""
     calibration_bins: int = 10
@@ -214,6 +224,10 @@ class PPOConfig(RunConfig):
     """Of the policy's average, saved as `ema/`; 0 turns it off [paper C.4]."""
     ptx_dataset_name: str | None = None
     """Pretraining text for PPO-ptx; none is plain PPO."""
+    ptx_dataset_split: str = "train"
+    """Its split, when it is a hub id or a folder."""
+    ptx_dataset_config: str | None = None
+    """Configuration of a hub data set of text, of the held-out one too."""
     ptx_coef: float = 27.8
     """gamma of the paper's Eq. 2."""
     ptx_per_episode: float = 8.0
@@ -222,6 +236,8 @@ class PPOConfig(RunConfig):
     """Tokens of one pretraining row."""
     eval_ptx_dataset_name: str | None = None
     """Held-out text whose perplexity is logged at every validation."""
+    eval_ptx_dataset_split: str = "test"
+    """Its split, when it is a hub id or a folder."""
     eval_num_prompts: int = 64
     """Validation prompts sampled at every validation."""
     max_active: int = 64

@@ -64,7 +64,7 @@ class RunConfig:
     eval_dataset_name: str | None = None
     """Validation data; without it `eval_fraction` of the training rows is held back."""
     dataset_test_split: str = "test"
-    """Split of `eval_dataset_name` when it is a hub id."""
+    """Split of `eval_dataset_name` when it is a hub id or a folder."""
     eval_fraction: float = 0.0
     """Share of the training rows held back for validation, by a hash of the prompt."""
     bad_rows: Literal["error", "skip"] = "error"

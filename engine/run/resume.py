@@ -22,8 +22,9 @@ WITHOUT_EFFECT = frozenset(
      "select_by_reward_model", "select_num_prompts", "select_response_length",
      "logging_steps", "eval_steps", "max_skipped_steps", "reward_timeout_s",
      "data_dir", "dataset_name", "dataset_config", "dataset_train_split", "dataset_mixture",
-     "eval_dataset_name", "dataset_test_split", "ptx_dataset_name", "eval_ptx_dataset_name",
-     "demonstrations_name"}
+     "eval_dataset_name", "dataset_test_split", "ptx_dataset_name", "ptx_dataset_split", "ptx_dataset_config",
+     "eval_ptx_dataset_name", "eval_ptx_dataset_split",
+     "demonstrations_name", "demonstrations_split", "demonstrations_config"}
 )  # fmt: skip
 BLOCK, BLOCKS = 4096, 16  # of a weight file: training changes every block
 

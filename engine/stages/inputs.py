@@ -173,9 +173,9 @@ def load_text(
             f"ptx_length: got {config.ptx_length}, the model's context is {context}; want at most that"
         )
 
-    def load(path: str, seed: int) -> PretrainRows:
+    def load(path: str, split: str, seed: int) -> PretrainRows:
         return load_pretrain(
-            [DataSource(located(config, path))],
+            [DataSource(located(config, path), split, config.ptx_dataset_config)],
             tokenizer,
             config.ptx_length,
             seed,
@@ -185,10 +185,10 @@ def load_text(
 
     ptx, held, lines = None, [], []
     if config.ptx_dataset_name is not None:
-        ptx = load(config.ptx_dataset_name, config.seed)
+        ptx = load(config.ptx_dataset_name, config.ptx_dataset_split, config.seed)
         lines += ["pretraining text:", *ptx.lines()]
     if config.eval_ptx_dataset_name is not None:
-        rows = load(config.eval_ptx_dataset_name, 0)
+        rows = load(config.eval_ptx_dataset_name, config.eval_ptx_dataset_split, 0)
         held = some_of(rows, EVAL_PTX_ROWS, "held-out text")
         lines += ["held-out text:", *rows.lines(), f"  scored: {len(held)} rows"]
     return ptx, held, tuple(lines)
@@ -236,8 +236,9 @@ def load_rm_data(config: RMConfig, tokenizer: Any, context: int) -> RMData:
         if len(train) > config.demonstrations_limit:  # a file's first rows may be all of one kind
             groups = drawn(train, config)
         return RMData(train, validation, [best_answer(group) for group in groups], lines)
+    path = located(config, config.demonstrations_name)
     rows = load_sft(
-        [DataSource(located(config, config.demonstrations_name))],
+        [DataSource(path, config.demonstrations_split, config.demonstrations_config)],
         tokenizer,
         longest,
         bad_rows=config.bad_rows,

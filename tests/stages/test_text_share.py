@@ -9,10 +9,10 @@ from stages.tiny_data import write_all
 
 import engine
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.run import session
 from engine.stages.dry_run import describe
-from engine.stages.inputs import load_sft_data
+from engine.stages.inputs import load_ppo_data, load_sft_data
 from engine.stages.sft import SFTStage, epochs_config
 
 
@@ -98,6 +98,29 @@ def test_the_steps_that_are_told_are_the_steps_that_are_made(setting, tmp_path, 
     lines = (engine.train_sft(given) / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in lines) == 12
     assert told == [12]
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_held_out_text_of_a_folder_is_its_test_split(stage, setting, tmp_path):
+    """Once the training text was read as held-out."""
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    for split, letter in (("train", "a"), ("test", "b"), ("validation", "c")):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"text": letter * 200}) + "\n")
+    text = {"eval_ptx_dataset_name": str(folder), "ptx_length": 24}
+    text |= {} if stage == "sft" else {"ptx_dataset_name": str(folder)}
+    make, load = (sft, load_sft_data) if stage == "sft" else (ppo, load_ppo_data)
+
+    def letters(**more):
+        given = make({**setting, "text": str(folder)}, tmp_path / "run", **text, **more)
+        data = load(given, load_tokenizer(setting["model"]), CONTEXT)
+        rows = (data.ptx.rows(range(2)), data.eval_ptx)
+        return [load_tokenizer(setting["model"]).decode(r[0], skip_special_tokens=True)[-1] for r in rows]
+
+    assert letters() == ["a", "b"]
+    assert letters(ptx_dataset_split="test", eval_ptx_dataset_split="validation") == ["b", "c"]
+    with pytest.raises(DataError, match="no split 'dev'"):
+        letters(eval_ptx_dataset_split="dev")
 
 
 def test_rows_of_text_longer_than_the_context_are_refused_when_they_are_read(setting, tmp_path):
