@@ -195,7 +195,7 @@ class PPOConfig(RunConfig):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token estimator; only k1 sums to the sequence's log-ratio of the paper's Eq. 2."""
     kl_target: float | None = None
-    """With it the controller adapts kl_coef towards this KL a sequence (Ziegler et al. 2019)."""
+    """With it the controller adapts kl_coef (above 0) towards this KL a sequence (Ziegler et al. 2019)."""
     kl_horizon: int = 10_000
     """Episodes of that controller's time constant; more than a fifth of batch_size."""
     score_at: Literal["eos", "eos_plus_one"] = "eos"
@@ -300,6 +300,8 @@ class PPOConfig(RunConfig):
             " prompt stay together; lower num_mini_batches or num_samples, or raise batch_size",
         )
         if self.kl_target is not None:
+            wanted = "a number above 0 together with kl_target: the controller multiplies it, and 0 stays 0"
+            require(self.kl_coef > 0, "kl_coef", self.kl_coef, f"{wanted}; raise kl_coef, or leave kl_target out")
             least = LARGEST_ERROR * batch
             require(
                 least < self.kl_horizon,

@@ -1,6 +1,7 @@
 """A run folder while a stage writes to it: config, log, checkpoints, and stopping in good order.
 
 Ctrl-C and SIGTERM ask for a stop: the stage finishes its step, saves and raises `Stopped`, which says how to go on.
+A stage called outside the main thread leaves the handlers of both signals as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -145,8 +147,9 @@ class Session:
         except BaseException:
             self._saver.close()
             raise
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._request_stop)
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request_stop)
         self._products.__enter__()
         self.log.__enter__()
         return self

@@ -81,3 +81,10 @@ def test_a_controller_refuses_a_batch_beyond_its_horizon():
     with pytest.raises(ConfigError, match="got 500 episodes at once with a horizon of 100, want a horizon above 100;"):
         AdaptiveKL(0.02, 6.0, 100).after(0.0, 500)
     assert AdaptiveKL(0.02, 6.0, 100).after(0.0, 499).beta > 0
+
+
+def test_a_kl_controller_cannot_begin_at_zero():
+    want = r"kl_coef: got 0.0, want a number above 0 together with kl_target: .* raise kl_coef"
+    with pytest.raises(ConfigError, match=want):
+        config(kl_target=6.0, kl_coef=0.0)
+    assert config(kl_coef=0.0).kl_target is None
