@@ -22,6 +22,7 @@ from engine.config_shared import (
     require,
     within_one,
 )
+from engine.config_types import take_declared
 from engine.run.kl_control import LARGEST_ERROR
 
 __all__ = [
@@ -153,6 +154,7 @@ class RewardSource:
     """Its factor in the sum."""
 
     def __post_init__(self) -> None:
+        take_declared(self)
         require(math.isfinite(self.weight), f"rewards: weight of {self.source}", self.weight, "a finite number")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import Device, Dtype, not_negative, positive, require
+from engine.config_types import take_declared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class SampleConfig:
     """Let special tokens spelled in prompts act as control tokens (off: they are plain text)."""
 
     def __post_init__(self) -> None:
+        take_declared(self)
         positive(self, "num_prompts", "num_samples", "max_new_tokens", "temperature", "batch")
         positive(self, "max_active", "kv_cache_gb", "threads")
         not_negative(self, "seed", "tie_margin")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config_types import take_declared
 from engine.data.rows import DataSource
 from engine.errors import ConfigError
 
@@ -116,7 +117,7 @@ class RunConfig:
     """Validate every so many steps (default: at the end of each epoch; PPO: at the start and the end)."""
     logging_steps: int = 1
     """Write metrics every so many steps."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | bool | None = None
     """`true`: go on from the newest valid checkpoint of output_dir, if there is one; or a checkpoint's path."""
     allow_config_change: list[str] = field(default_factory=list)
     """Keys that may differ from those of the checkpoint to go on from, though the result changes (repeatable)."""
@@ -128,11 +129,19 @@ class RunConfig:
     """Show progress on the terminal."""
 
     @property
+    def goes_on_from(self) -> str | None:
+        """`resume_from_checkpoint` in one form: "true", a checkpoint's path, or None."""
+        given = self.resume_from_checkpoint
+        word = str(given).lower()
+        return None if word in ("none", "false") else "true" if word == "true" else str(given)
+
+    @property
     def num_checkpoints(self) -> int:
         """How many are kept."""
         return self.save_total_limit or 2
 
     def __post_init__(self) -> None:
+        take_declared(self)
         model = self.model_name_or_path
         require(bool(model), "model_name_or_path", model, "a folder or hub id")
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
@@ -154,8 +163,6 @@ class RunConfig:
         require(clip is not None and 0 <= clip < math.inf, "max_grad_norm", clip, off)
         not_negative(self, "weight_decay", "seed")
         within_one(self, "adam_beta1", "adam_beta2", "eval_fraction")
-        for source in self.dataset_mixture:
-            require(isinstance(source, DataSource), "dataset_mixture", source, "DataSource(path, split, name, weight)")
         require(
             not (self.dataset_name and self.dataset_mixture),
             "dataset_mixture",

@@ -226,5 +226,5 @@ def test_a_mixture_has_the_same_keys_on_both_doors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(words)
     assert "fraction" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"dataset_mixture: got \{'path': 'a.jsonl'.*want DataSource"):
-        SFTConfig(model_name_or_path="m", output_dir="o", dataset_mixture=[{"path": "a.jsonl"}])
+    with pytest.raises(ConfigError, match=r"dataset_mixture\[0\]: got .*want keys of path, .*.*fraction"):
+        SFTConfig(model_name_or_path="m", output_dir="o", dataset_mixture=[{"path": "a.jsonl", "fraction": 0.5}])

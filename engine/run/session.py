@@ -139,7 +139,7 @@ class Session:
     def _claim(self) -> None:
         with files.refusals_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        refuse_a_used_folder(self.folder, self.config.resume_from_checkpoint)
+        refuse_a_used_folder(self.folder, self.config.goes_on_from)
 
     def __enter__(self) -> Session:
         try:
@@ -221,7 +221,7 @@ class Session:
 
     def _find(self) -> tuple[str | None, list[str]]:
         """(path of the checkpoint to go on from, lines about it); its bytes are verified, its tensors not yet read."""
-        wanted = self.config.resume_from_checkpoint
+        wanted = self.config.goes_on_from
         if wanted is None or wanted.lower() == "false":
             return None, []
         lines: list[str] = []
@@ -262,7 +262,7 @@ class Session:
             return
         with files.refusals_named(self.folder):
             checkpoint.settle(self.folder, found.step, self.config.num_checkpoints)
-            if (self.config.resume_from_checkpoint or "").lower() == "true":
+            if (self.config.goes_on_from or "").lower() == "true":
                 return  # the newest whole one: later ones are damaged, and stay until new ones replace them
             aside = next_previous(self.folder)
             moved = checkpoint.set_aside(self.folder, found.step, aside)
