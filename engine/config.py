@@ -282,13 +282,20 @@ class PPOConfig(RunConfig):
         not_negative(self, "ptx_per_episode", "missing_eos_penalty", "save_samples")
         within_one(self, "gamma", "lam", "ema_decay")
         require(self.ema_decay < 1, "ema_decay", self.ema_decay, "a number below 1; 0 turns it off")
+        self._check_batch()
+
+    def check_rewards(self) -> None:
+        """A run of the stage has a reward; in a loop of one's own the scores come from there.
+
+        Raises:
+            ConfigError: it has none.
+        """
         require(
             bool(self.reward_model_path or self.rewards),
             "reward_model_path",
             self.reward_model_path,
             "a reward-model folder, or `rewards` with at least one source",
         )
-        self._check_batch()
 
     def _check_batch(self) -> None:
         """The numbers that depend on the size of the batch."""

@@ -140,7 +140,10 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
     for field in fields(kind):  # jsonargparse lets null pass for any type
         if values.get(field.name, field) is None and "None" not in str(field.type):
             raise ConfigError(f"{field.name}: got null, want a value of type {field.type}")
-    return first.stage, kind(**values), bool(found.dry_run)
+    config = kind(**values)
+    if isinstance(config, PPOConfig):
+        config.check_rewards()
+    return first.stage, config, bool(found.dry_run)
 
 
 def check_as_given(key: str, in_file: str | None, given: str | None) -> None:

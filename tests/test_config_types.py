@@ -10,7 +10,7 @@ import yaml
 import engine
 from engine.config_sample import SampleConfig
 from engine.errors import ConfigError
-from engine.train import parse
+from engine.train import main, parse
 
 REWARD = engine.RewardSource(source="m:f")
 
@@ -83,6 +83,15 @@ def test_rewards_are_sources_or_mappings():
     for wrong in (len, "m:f"):
         with pytest.raises(ConfigError, match=r"^rewards\[0\]: got .*, want a RewardSource"):
             ppo(rewards=[wrong])
+
+
+def test_a_run_needs_a_reward_and_a_loop_of_ones_own_none(capsys):
+    config = engine.PPOConfig(model_name_or_path="m", output_dir="o")
+    wanted = "reward_model_path: got None, want a reward-model folder, or `rewards`"
+    with pytest.raises(ConfigError, match=wanted):
+        engine.train_ppo(config)
+    assert main(["--stage", "ppo", "--model_name_or_path", "m", "--output_dir", "o"]) == 2
+    assert wanted in capsys.readouterr().err
 
 
 def test_samples_too():

@@ -50,6 +50,7 @@ PHASES = (None, "before", "during", "after")  # of an evaluation that a checkpoi
 def train_ppo(config: PPOConfig) -> Path:
     """Runs the stage; the final policy is the Hugging Face folder `config.output_dir`, the value model and the
     averaged policy lie in its `value/` and `ema/`."""
+    config.check_rewards()
     ranks = join(config.device, config.replicate, config.reward_timeout_s)
     set_threads(ranks.threads(config.threads))
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
