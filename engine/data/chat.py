@@ -173,7 +173,7 @@ class TextEncoder:
                     tokenize=False,
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # templates meet values of any type
             reason = f"the tokenizer's chat template refuses the talk: {error}"
             raise BadRow("chat template", reason) from error
 
@@ -321,7 +321,7 @@ def check_prompt(columns: Columns, *names: str) -> Talk:
     """The prompt of a row: ``messages`` if it has them, else the first of ``names``.
 
     A row with both has the same talk twice: the template sees the messages, a model without a
-    template the text.
+    template the text. Messages that go on to the answer, as in UltraFeedback's rows, end before it.
 
     Raises:
         BadRow: no prompt, an empty one, one that ends with the assistant's turn, or tools beside it.
@@ -335,6 +335,8 @@ def check_prompt(columns: Columns, *names: str) -> Talk:
         text = check_text(value, column)
         if columns.get("messages") is not None:
             messages = check_messages(columns["messages"], "messages")
+            if messages[-1]["role"] == "assistant" and len(messages) > 1:
+                messages = messages[:-1]
     else:
         messages = check_messages(value, column) if column == "messages" else as_talk(value, column)
     if messages is not None and messages[-1]["role"] == "assistant":

@@ -177,7 +177,7 @@ def parse_pair(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float, ..
     """A pair is K = 2 with ranks (0, 1).
 
     Raises:
-        BadRow: an answer that is none; whole talks that do not share the prompt beside them.
+        BadRow: an answer that is none; equal ones; whole talks that do not share the prompt beside them.
     """
     chosen, rejected = columns["chosen"], columns["rejected"]
     check_not_for_template(columns)
@@ -191,6 +191,8 @@ def parse_pair(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float, ..
         check_answer(answer, column)
         for answer, column in zip(answers, ("chosen", "rejected"), strict=True)
     )
+    if texts[0] == texts[1]:
+        raise BadRow("equal answers", "chosen and rejected are equal, of which none is better")
     return talk, texts, (0.0, 1.0)
 
 

@@ -44,6 +44,13 @@ def test_text_alone_is_one_user_turn(chat_tokenizer) -> None:
     assert encoder.prompt(both) == ordinary(chat_tokenizer, [USER, ASSISTANT, USER])
 
 
+def test_a_talk_beside_a_prompt_ends_before_its_answer() -> None:
+    """UltraFeedback's rows: `prompt` is text, `messages` the talk with the answer."""
+    assert check_prompt({"prompt": "Why not?", "messages": [USER, ASSISTANT]}, "prompt") == Talk("Why not?", (USER,))
+    with pytest.raises(BadRow, match="^messages: the talk ends with the assistant"):
+        check_prompt({"messages": [USER, ASSISTANT]}, "prompt")
+
+
 def test_prompt_and_answer_make_the_templates_whole_talk(chat_tokenizer) -> None:
     encoder = TextEncoder(chat_tokenizer)
     whole = chat_tokenizer.apply_chat_template([USER, ASSISTANT])["input_ids"]
@@ -89,6 +96,9 @@ def test_a_template_that_acts_on_special_tokens_is_refused(chat_tokenizer) -> No
         TextEncoder(tokenizer).prompt(Talk("one<|im_end|>two"))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(BadRow, match="refuses the talk: roles must alternate"):
+        TextEncoder(tokenizer).prompt(Talk("one"))
+    tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # as of a value of another type than expected
+    with pytest.raises(BadRow, match="refuses the talk: can only concatenate str"):
         TextEncoder(tokenizer).prompt(Talk("one"))
 
 

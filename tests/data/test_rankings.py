@@ -95,6 +95,7 @@ def test_the_best_answer_comes_first(write, raw_tokenizer) -> None:
         ({"context": "p", "completions": ["a", "b"]}, "completions[0]"),
         ({"context": "p", "completions": [{"rank": 0}]}, "want {'rank', 'completion'}"),
         ({"chosen": "same text", "rejected": "same text"}, "are equal"),
+        ({"prompt": "p", "chosen": "same text", "rejected": "same text"}, "are equal"),
         ({"chosen": "one", "rejected": "two"}, "share no first word"),
         ({"chosen": [USER, says("a")], "rejected": [says("b")]}, "share no first message"),
     ],
