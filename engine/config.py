@@ -308,6 +308,14 @@ class PPOConfig(RunConfig):
             f"at most batch_size / num_samples = {batch} / {samples} = {batch // samples}, since the answers to one"
             " prompt stay together; lower num_mini_batches or num_samples, or raise batch_size",
         )
+        texts, steps = round(batch * self.ptx_per_episode), self.num_mini_batches * self.num_ppo_epochs
+        require(
+            self.ptx_dataset_name is None or self.ptx_coef == 0 or texts >= steps,
+            "ptx_per_episode",
+            self.ptx_per_episode,
+            f"a row of text at least for each of an iteration's {steps} policy steps (num_mini_batches x"
+            f" num_ppo_epochs), or some would be without the pretraining term; a batch of {batch} has {texts}",
+        )
         if self.kl_target is not None:
             wanted = "a number above 0 together with kl_target: the controller multiplies it, and 0 stays 0"
             require(self.kl_coef > 0, "kl_coef", self.kl_coef, f"{wanted}; raise kl_coef, or leave kl_target out")

@@ -87,6 +87,21 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
+def settle_cpu(config: RunConfig, ranks: Ranks) -> None:
+    """The run's threads, and that its kernels are of the class that it asks for.
+
+    Raises:
+        ConfigError: kernels of another class are loaded already; once a process is too late to choose.
+    """
+    wanted, used = config.cpu_class, ops.cpu_class()
+    if wanted is not None and used not in (wanted, "reference"):
+        raise ConfigError(
+            f"cpu_class: got {wanted!r}, want {used!r}, the class of the kernels that this process has loaded; set"
+            " ENGINE_CPU_CLASS before it starts, or use python -m engine.train, which does"
+        )
+    set_threads(ranks.threads(config.threads))
+
+
 def refuse_a_used_folder(folder: Path, resume: str | None) -> None:
     """Checkpoints of an earlier run and of this one in one folder could be taken for each other."""
     there = checkpoint.kept(folder)

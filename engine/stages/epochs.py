@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from engine.config import EpochConfig, RunConfig
+from engine.config import EpochConfig, RunConfig, require
 from engine.data.pack import epoch_steps, step_rows
 from engine.errors import EngineError
 from engine.model.storage import Weights
@@ -40,8 +40,15 @@ class Trainable(Protocol):
 
 
 def total_steps(config: EpochConfig, num_rows: int) -> int:
+    """Optimizer steps of the run.
+
+    Raises:
+        ConfigError: the learning rate would rise until its end.
+    """
     steps = epoch_steps(num_rows, config.batch_size) * config.num_train_epochs
-    return min(steps, config.max_steps) if config.max_steps else steps
+    steps = min(steps, config.max_steps) if config.max_steps else steps
+    require(config.warmup_steps < steps, "warmup_steps", config.warmup_steps, f"fewer than the run's {steps} steps")
+    return steps
 
 
 def run_epochs(

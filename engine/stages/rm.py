@@ -28,7 +28,7 @@ from engine.model.weights import save_scalar, scalar_from_policy
 from engine.run.device import to_device, to_host
 from engine.run.distributed import ALONE, Ranks, join
 from engine.run.flops import Work, forward_flops, grouped, padded_tokens
-from engine.run.session import Session, set_threads
+from engine.run.session import Session, settle_cpu
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.estimates import describe
 from engine.stages.inputs import RMData, check_vocabulary, group_lengths, identities, load_rm_data
@@ -39,7 +39,7 @@ from engine.stages.rm_metrics import count_pairs, ranking_metrics
 def train_reward_model(config: RMConfig) -> Path:
     """Runs the stage; the final AutoModelForSequenceClassification folder is `config.output_dir`."""
     ranks = join(config.device, config.replicate)
-    set_threads(ranks.threads(config.threads))
+    settle_cpu(config, ranks)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_rm_data(config, tokenizer, context)

@@ -27,7 +27,7 @@ from engine.model.transformer import Model
 from engine.model.weights import load_policy
 from engine.run.distributed import ALONE, Ranks, join
 from engine.run.flops import Work, forward_flops, padded_tokens
-from engine.run.session import Session, set_threads
+from engine.run.session import Session, settle_cpu
 from engine.stages.epochs import run_epochs, total_steps
 from engine.stages.estimates import describe
 from engine.stages.inputs import SFTData, check_vocabulary, identities, load_sft_data
@@ -51,7 +51,7 @@ class Row:
 def train_sft(config: SFTConfig) -> Path:
     """Runs the stage; the final Hugging Face folder is `config.output_dir`, which is returned."""
     ranks = join(config.device, config.replicate)
-    set_threads(ranks.threads(config.threads))
+    settle_cpu(config, ranks)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_sft_data(config, tokenizer, context)

@@ -123,6 +123,26 @@ def test_held_out_text_of_a_folder_is_its_test_split(stage, setting, tmp_path):
         letters(eval_ptx_dataset_split="dev")
 
 
+@pytest.mark.parametrize("epochs,share,made", [(1, 0.4, 3), (2, 0.9, 7)])
+def test_each_step_of_ppo_has_a_row_of_text(epochs, share, made, tmp_path):
+    """Else some steps would have the pretraining term in full and others none."""
+    text = {"ptx_dataset_name": "text", "num_mini_batches": 4, "num_ppo_epochs": epochs}
+    wanted = f"ptx_per_episode: got {share}, want a row .* {4 * epochs} policy steps .* a batch of 8 has {made}$"
+    with pytest.raises(ConfigError, match=wanted):
+        ppo({"model": "m", "prompts": "p"}, tmp_path, ptx_per_episode=share, **text)
+    assert ppo({"model": "m", "prompts": "p"}, tmp_path, ptx_per_episode=epochs / 2, **text)
+    assert ppo({"model": "m", "prompts": "p"}, tmp_path, ptx_per_episode=share, ptx_coef=0.0, **text)
+
+
+def test_a_warm_up_that_never_ends_is_refused_before_training(setting, tmp_path):
+    """12 demonstrations, 2 in each batch, twice."""
+    given = sft(setting, tmp_path / "run", warmup_steps=12)
+    for stage in (engine.train_sft, lambda config: describe("sft", config)):
+        with pytest.raises(ConfigError, match="warmup_steps: got 12, want fewer than the run's 12 steps"):
+            stage(given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_rows_of_text_longer_than_the_context_are_refused_when_they_are_read(setting, tmp_path):
     message = f"ptx_length: got {CONTEXT + 1}, the model's context is {CONTEXT}; want at most that"
     long = {"ptx_length": CONTEXT + 1}

@@ -24,7 +24,7 @@ from engine.model.weights import (
 from engine.run.distributed import ALONE, Ranks, join
 from engine.run.ema import EMA
 from engine.run.log import METRICS, read_records
-from engine.run.session import Session, peak_memory_gb, set_threads
+from engine.run.session import Session, peak_memory_gb, settle_cpu
 from engine.stages.epochs import stuck_error
 from engine.stages.estimates import describe
 from engine.stages.inputs import PPOData, check_vocabulary, identities, load_ppo_data
@@ -52,7 +52,7 @@ def train_ppo(config: PPOConfig) -> Path:
     averaged policy lie in its `value/` and `ema/`."""
     config.check_rewards()
     ranks = join(config.device, config.replicate, config.reward_timeout_s)
-    set_threads(ranks.threads(config.threads))
+    settle_cpu(config, ranks)
     context = describe(config.model_name_or_path, "lm_head").architecture.max_positions
     tokenizer = load_tokenizer(config.model_name_or_path)
     data = load_ppo_data(config, tokenizer, context)
