@@ -51,7 +51,7 @@ def test_of_episodes(more, setting, tmp_path):
     """Answers of one token have the full length; prompts of one length are those of the first iteration."""
     data = write(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(8)])
     more |= {"dataset_name": data, "response_length": 1, "ptx_dataset_name": setting["text"], "ptx_length": 16}
-    config = faulty.ppo(setting, tmp_path / "run", ptx_per_episode=0.5, **more)
+    config = faulty.ppo(setting, tmp_path / "run", ptx_per_episode=1.0, **more)
     engine.train_ppo(config)
     found = load_ppo_data(config, load_tokenizer(setting["model"]), CONTEXT)
     assert duration.of_ppo(config, found) == pytest.approx(counted(tmp_path / "run"))

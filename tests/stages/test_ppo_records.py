@@ -87,7 +87,7 @@ def test_rates_count_the_tokens_that_were_trained_on(epochs, coefficient, settin
     engine.train_ppo(
         faulty.ppo(
             setting, tmp_path / "run", max_steps=1, num_ppo_epochs=epochs, ptx_coef=coefficient,
-            ptx_dataset_name=setting["text"], ptx_per_episode=0.5, ptx_length=16,
+            ptx_dataset_name=setting["text"], ptx_per_episode=1.5, ptx_length=16,
         )
     )  # fmt: skip
     (record,) = records(tmp_path / "run")
@@ -96,7 +96,7 @@ def test_rates_count_the_tokens_that_were_trained_on(epochs, coefficient, settin
         return record[f"perf/{rate}"] * record[f"timing/{phase}"]
 
     episodes = tokens("score_tokens_per_s", "score")
-    ptx = 2 * 16 if coefficient else 0
+    ptx = 6 * 16 if coefficient else 0
     assert episodes > tokens("rollout_tokens_per_s", "rollout") > 0
     assert tokens("update_tokens_per_s", "update") == pytest.approx(epochs * episodes + ptx)
     assert tokens("tokens_per_s", "iteration") == pytest.approx(episodes + ptx)
