@@ -142,9 +142,11 @@ def batches() -> list[list[Path]]:
 def compile_batch(sources: list[Path], header: Path) -> str:
     """The host halves of some kernel files -> one object, over the precompiled header."""
     together = OBJECTS / f"{sources[0].stem}-{sources[-1].stem}.cpp"
-    together.write_text("".join(f'#include "{source}"\n' for source in sources))
+    text = "".join(f'#include "{source}"\n' for source in sources)
+    if not together.exists() or together.read_text() != text:  # a file that is gone is gone from the object too
+        together.write_text(text)
     target = together.with_suffix(".o")
-    make(target, sources, [str(compiler()), *torch_flags(), "-include", str(header), "-c", str(together)])
+    make(target, [together, *sources], [str(compiler()), *torch_flags(), "-include", str(header), "-c", str(together)])
     return str(target)
 
 

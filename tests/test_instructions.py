@@ -52,3 +52,22 @@ def test_no_flag_is_for_the_machine_that_builds():
     flags = [*builder.FLAGS, *(flag for flags in builder.CLASSES.values() for flag in flags)]
     wrong = [flag for flag in flags if re.match(r"-m(arch|tune|cpu)=", flag)]
     assert not wrong
+
+
+@pytest.mark.skipif(builder.compiler() is None or not shutil.which("nm"), reason="no C++ compiler or no nm")
+def test_a_file_that_is_gone_is_gone_from_its_batch(tmp_path, monkeypatch):
+    """Though the batch is called by its first and last file, and no file is newer than its object."""
+    monkeypatch.setattr(builder, "OBJECTS", tmp_path)
+    sources = [tmp_path / f"{name}.cpp" for name in ("first", "middle", "last")]
+    for source in sources:
+        source.write_text(f"int of_{source.stem}() {{ return 1; }}\n")
+    header = tmp_path / "none.h"
+    header.write_text("")
+
+    def functions(chosen) -> set[str]:
+        made = builder.compile_batch(chosen, header)
+        said = subprocess.run(["nm", "-C", made], check=True, capture_output=True, text=True).stdout
+        return set(re.findall(r"of_(\w+)", said))
+
+    assert functions(sources) == {"first", "middle", "last"}
+    assert functions([sources[0], sources[2]]) == {"first", "last"}
