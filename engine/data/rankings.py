@@ -85,9 +85,9 @@ def load_rankings(
         if encoder.has_template and is_cut(row.columns):
             # Cut from running text, they begin with the white space that a turn's text has not.
             answers = tuple(answer.strip() for answer in answers)
-        cut = check_cut(row.columns, len(answers))
+        unfinished = check_unfinished(row.columns, len(answers))
         whole = [encoder.answer(answer, talk) for answer in answers]
-        responses = tuple(tuple(ids[:-1] if c else ids) for ids, c in zip(whole, cut, strict=True))
+        responses = tuple(tuple(ids[:-1] if u else ids) for ids, u in zip(whole, unfinished, strict=True))
         longest = max(len(response) for response in responses)
         check_length(len(prompt) + longest, max_length, "the prompt with its longest answer")
         # So ranking_loss needs not sort them, and rows that say the same are the same group.
@@ -136,7 +136,7 @@ def parse_ranking(columns: Columns) -> tuple[Talk, tuple[str, ...], tuple[float,
     return talk, texts, tuple(check_rank(rank, i) for i, rank in enumerate(ranks))
 
 
-def check_cut(columns: Columns, count: int) -> list[bool]:
+def check_unfinished(columns: Columns, count: int) -> list[bool]:
     """Whether each answer was cut at its longest: only rows of ``responses`` say it, in ``finish_reasons``.
 
     Raises:
