@@ -132,8 +132,9 @@ class RunConfig:
     def goes_on_from(self) -> str | None:
         """`resume_from_checkpoint` in one form: "true", a checkpoint's path, or None."""
         given = self.resume_from_checkpoint
-        word = str(given).lower()
-        return None if word in ("none", "false") else "true" if word == "true" else str(given)
+        if given is None or str(given).lower() == "false":
+            return None
+        return "true" if str(given).lower() == "true" else str(given)
 
     @property
     def num_checkpoints(self) -> int:

@@ -105,7 +105,7 @@ def settle_cpu(config: RunConfig, ranks: Ranks) -> None:
 def refuse_a_used_folder(folder: Path, resume: str | None) -> None:
     """Checkpoints of an earlier run and of this one in one folder could be taken for each other."""
     there = checkpoint.kept(folder)
-    if there and (resume is None or resume.lower() == "false"):
+    if there and resume is None:
         raise ConfigError(
             f"output_dir: {folder} holds {there[-1].name} of an earlier run; go on with it"
             " (--resume_from_checkpoint true), or give another folder"
@@ -237,10 +237,10 @@ class Session:
     def _find(self) -> tuple[str | None, list[str]]:
         """(path of the checkpoint to go on from, lines about it); its bytes are verified, its tensors not yet read."""
         wanted = self.config.goes_on_from
-        if wanted is None or wanted.lower() == "false":
+        if wanted is None:
             return None, []
         lines: list[str] = []
-        if wanted.lower() == "true":
+        if wanted == "true":
             newest, damaged = checkpoint.newest_whole(self.folder)
             lines += [f"passed over: {text}" for text in damaged]
             if newest is None:
@@ -277,7 +277,7 @@ class Session:
             return
         with files.refusals_named(self.folder):
             checkpoint.settle(self.folder, found.step, self.config.num_checkpoints)
-            if (self.config.goes_on_from or "").lower() == "true":
+            if self.config.goes_on_from == "true":
                 return  # the newest whole one: later ones are damaged, and stay until new ones replace them
             aside = next_previous(self.folder)
             moved = checkpoint.set_aside(self.folder, found.step, aside)

@@ -187,8 +187,7 @@ def as_begun(config: Config, ranks: Ranks = ALONE) -> Config:
     Open are a mode and a cache at their defaults. The tokens were chosen for a bound, a mode and a cache: with another
     one given they are chosen again, as is everything with another bound.
     """
-    wanted = config.goes_on_from
-    if wanted is None or wanted.lower() == "false" or config.micro_batch_tokens is not None:
+    if config.goes_on_from is None or config.micro_batch_tokens is not None:
         return config
     begun = ranks.by_first(lambda: chosen_before(Path(config.output_dir) / "config.yaml"))
     bound, tokens = begun.pop(BOUND, None), begun.pop(TOKENS, None)
