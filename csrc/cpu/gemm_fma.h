@@ -107,17 +107,23 @@ ENGINE_INLINE void unforeseen(T*& p) {
   asm("" : "+r"(p));
 }
 
+// Rows of A that one pointer reaches: an address adds nothing, once or twice the distance of two rows. With a distance of
+// its own for each of 12 rows GCC runs out of registers, keeps some in vectors and moves them back in the loop, through the
+// ports of the multiply-adds: 2 moves to 24 of them. Rows at constant distances, and few, need one pointer.
+template <int ROWS, bool kAlong>
+constexpr int kReach = ENGINE_LANES == 16 && kAlong ? 3 : ROWS;
+
 // acc += a depth of A, of rows `row` apart, times one of B. Every loop over registers is unrolled completely, or the
 // accumulators would live in memory.
-template <int ROWS, int PANELS, class B>
-ENGINE_INLINE void add_depth(const float* a, int64_t row, const char* b, int64_t panel_bytes,
+template <int ROWS, int PANELS, class B, int kRows>
+ENGINE_INLINE void add_depth(const float* const* a, int64_t row, const char* b, int64_t panel_bytes,
                              vfloat (&acc)[ROWS][2 * PANELS]) {
   vfloat column[2 * PANELS];
 #pragma GCC unroll 16
   for (int p = 0; p < PANELS; ++p) B::read(b + p * panel_bytes, column[2 * p], column[2 * p + 1]);
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
-    const vfloat x = splat(a[r * row]);
+    const vfloat x = splat(a[r / kRows][r % kRows * row]);
 #pragma GCC unroll 16
     for (int v = 0; v < 2 * PANELS; ++v) add_product<(kTogether<ROWS, PANELS> > 1)>(acc[r][v], x, column[v]);
   }
@@ -130,7 +136,17 @@ static void fma_loop(const FmaArguments& f) {
   const int64_t stride = f.stride, depth = f.depth, panel_bytes = f.panel_bytes;
   const int64_t row = kAlong ? f.row : 1, step = kAlong ? 1 : f.step;
   const int64_t ahead_step = f.ahead_step, turn = f.turn, b_step = B::kInRows ? f.b_step : B::kDepthBytes;
-  const float* a = f.a;
+  constexpr int kRows = kReach<ROWS, kAlong>, kPointers = (ROWS + kRows - 1) / kRows;
+  const float* a[kPointers];
+#pragma GCC unroll 16
+  for (int i = 0; i < kPointers; ++i) a[i] = f.a + i * kRows * row;
+  const auto next_depth = [&](bool hidden) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kPointers; ++i) {
+      a[i] += step;
+      if (hidden) unforeseen(a[i]);
+    }
+  };
   const char *b = f.b, *ahead = f.ahead;
   constexpr int kTurn = kTogether<ROWS, PANELS>;
   constexpr int kFetched = kTurn > 1 && B::kDepthBytes < 64 ? 2 : 1;  // depths of a line of memory
@@ -148,13 +164,16 @@ static void fma_loop(const FmaArguments& f) {
           for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead + p * panel_bytes);
           ahead += kFetched * ahead_step;
         }
-        add_depth<ROWS, PANELS, B>(a, row, b, panel_bytes, acc);
-        a += step, b += b_step;
-        if (kTurn > 1 && !kAlong) unforeseen(a);
+        add_depth<ROWS, PANELS, B, kRows>(a, row, b, panel_bytes, acc);
+        next_depth(kPointers > 1 || (kTurn > 1 && !kAlong));
+        b += b_step;
         if (kTurn > 1 && B::kInRows) unforeseen(b);
       }
     }
-    for (; k < end; ++k, a += step, b += b_step) add_depth<ROWS, PANELS, B>(a, row, b, panel_bytes, acc);
+    for (; k < end; ++k, b += b_step) {
+      add_depth<ROWS, PANELS, B, kRows>(a, row, b, panel_bytes, acc);
+      next_depth(kPointers > 1);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
