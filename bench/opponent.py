@@ -18,10 +18,15 @@ from bench import served
 from bench.workloads import Case
 
 NAMES = ("hf", "vllm", "llama")
-NO_BF16 = (
-    "avx2",
-    "plain",
-)  # classes without bf16 instructions: every peer's bf16 is far slower there
+# Classes whose peers are fastest in float32: without bf16 instructions, or with ones of half its rate, as those that
+# Sapphire Rapids has beside its tiles. Where `avx512` is another CPU, --peer_dtype says so.
+FLOAT32_FIRST = ("plain", "avx2", "avx512")
+DTYPES = ("float32", "bfloat16")
+
+
+def best_dtype(cpu_class: str) -> str:
+    """What peers on this class are measured in, unless told."""
+    return "float32" if cpu_class in FLOAT32_FIRST else "bfloat16"
 
 
 class Missing(Exception):
@@ -121,18 +126,17 @@ def llama_version(program: Path) -> str:
     return said[0] if said else "unknown"
 
 
-def opponent(name: str, peers: Path, model: str, cpu_class: str, threads: int) -> Opponent:
-    """The peer in the dtype that is its best on this class.
+def opponent(name: str, peers: Path, model: str, dtype: str, threads: int) -> Opponent:
+    """The peer in a dtype; llama.cpp's weights are of 16 bits, float16 for float32.
 
     Raises Missing where it is not in `peers`.
     """
-    slow = cpu_class in NO_BF16
     if name != "llama":
         python = peers / name / "bin" / "python"
         if not python.exists():
             raise Missing(f"no {python}; want an environment with the peer installed")
-        return Served(name, python, model, "float32" if slow else "bfloat16", threads)
-    folder, wanted = peers / "llama", "f16.gguf" if slow else "bf16.gguf"
+        return Served(name, python, model, dtype, threads)
+    folder, wanted = peers / "llama", "f16.gguf" if dtype == "float32" else "bf16.gguf"
     programs = sorted(folder.rglob("llama-batched-bench"))
     models = sorted(folder.rglob(wanted))
     programs = [p for p in programs if p.is_file() and os.access(p, os.X_OK)]

@@ -73,7 +73,7 @@ def phase_row(args: argparse.Namespace, setting: Setting, limits: Row) -> Row:
 
 
 def rows(args: argparse.Namespace, limits: Row) -> Iterator[Row]:
-    setting = Setting(args.model, args.dtype, args.threads, ops.cpu_class())
+    setting = Setting(args.model, args.dtype, args.peer_dtype, args.threads)
     if "phases" in args.only and args.peer is None:
         yield phase_row(args, setting, limits)
     yield from training.rows_against("bench.ppo", cases(args), args, setting)

@@ -94,7 +94,7 @@ def repeated_prompts(args: argparse.Namespace, setting: Setting) -> Row:
 
 
 def rows(args: argparse.Namespace, limits: Row) -> Iterator[Row]:
-    setting = Setting(args.model, args.dtype, args.threads, ops.cpu_class())
+    setting = Setting(args.model, args.dtype, args.peer_dtype, args.threads)
     yield from training.rows_against("bench.train", cases(args), args, setting)
     if args.peer is not None:
         return  # the rest has no peer in another environment

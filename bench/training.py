@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, records
-from bench.opponent import NO_BF16, Missing
+from bench.opponent import DTYPES, Missing, best_dtype
 from bench.served import Served, peer_environment
 from bench.training_cases import Case
 from bench.workloads import spread
+from engine import ops
 
 Row = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -37,13 +38,8 @@ class Setting:
 
     model: str
     dtype: str  # the engine's storage
+    peer_dtype: str
     threads: int
-    cpu_class: str
-
-    @property
-    def peer_dtype(self) -> str:
-        """The peers' best one here."""
-        return "float32" if self.cpu_class in NO_BF16 else "bfloat16"
 
 
 @contextmanager
@@ -166,6 +162,12 @@ def add_flags(
     parser.add_argument("--only", nargs="+", choices=workloads, default=workloads, metavar="NAME")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the engine's storage"
+    )
+    parser.add_argument(
+        "--peer_dtype",
+        choices=DTYPES,
+        default=best_dtype(ops.cpu_class()),
+        help="the peers'; by default their best on this class",
     )
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--repeats", type=int, default=3)

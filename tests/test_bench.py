@@ -236,11 +236,11 @@ def test_a_peer_that_ends_at_once_is_an_error_that_names_it(tmp_path):
 
 def test_a_peer_that_is_not_there_says_what_is_wanted(tmp_path):
     with pytest.raises(opponent.Missing, match="hf/bin/python"):
-        opponent.opponent("hf", tmp_path, "m", "avx2", 1)
+        opponent.opponent("hf", tmp_path, "m", "float32", 1)
     with pytest.raises(opponent.Missing, match="0 llama-batched-bench and 0 f16.gguf"):
-        opponent.opponent("llama", tmp_path, "m", "avx2", 1)
+        opponent.opponent("llama", tmp_path, "m", "float32", 1)
     with pytest.raises(opponent.Missing, match="0 bf16.gguf"):
-        opponent.opponent("llama", tmp_path, "m", "amx", 1)
+        opponent.opponent("llama", tmp_path, "m", "bfloat16", 1)
 
 
 LLAMA_TABLE = """

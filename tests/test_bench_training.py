@@ -12,8 +12,10 @@ import pytest
 from small_engines import save_tiny
 
 from bench import (
+    opponent,
     ppo,
     ppo_phases,
+    rollout,
     table,
     train,
     training,
@@ -22,6 +24,7 @@ from bench import (
 )
 from bench.opponent import Missing
 from bench.training_cases import Case
+from engine import ops
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +87,25 @@ def test_sides_that_do_other_work_are_refused():
 
 
 def test_the_dtype_of_a_peer_is_its_best():
-    dtypes = {c: training.Setting("m", "bfloat16", 2, c).peer_dtype for c in ("amx", "avx2")}
-    assert dtypes == {"amx": "bfloat16", "avx2": "float32"}
+    assert {c: opponent.best_dtype(c) for c in ("amx", "avx512", "avx2")} == {
+        "amx": "bfloat16",
+        "avx512": "float32",
+        "avx2": "float32",
+    }
+
+
+@pytest.mark.parametrize("program", [ppo, train, rollout])
+def test_a_peer_of_another_dtype_is_asked_for(program, monkeypatch):
+    monkeypatch.setattr(ops, "cpu_class", lambda: "avx2")
+    assert program.parsed(["--model", "m"]).peer_dtype == "float32"
+    assert program.parsed(["--model", "m", "--peer_dtype", "bfloat16"]).peer_dtype == "bfloat16"
+
+
+def test_a_peer_is_told_its_dtype(monkeypatch):
+    told = []
+    monkeypatch.setattr(training, "Served", lambda name, command, environment: told.extend(command))
+    training.peer_side(CASE, Path("w"), training.Setting("m", "float32", "bfloat16", 2), Path("p"))
+    assert told[told.index("--dtype") + 1] == "bfloat16"
 
 
 def flags(*words: str) -> argparse.Namespace:
@@ -93,7 +113,7 @@ def flags(*words: str) -> argparse.Namespace:
 
 
 def test_a_peer_that_is_not_there(tmp_path, capsys):
-    setting = training.Setting("m", "bfloat16", 1, "avx2")
+    setting = training.Setting("m", "bfloat16", "float32", 1)
     found = training.rows_against(
         "bench.ppo", iter([CASE]), flags("--peers", str(tmp_path)), setting
     )
@@ -111,7 +131,7 @@ def test_of_a_peer_asked_for_by_name_only_its_workloads_run(monkeypatch):
     cases = iter([Case("ppo", "trl", 1, {}, {}), CASE])
     monkeypatch.setattr(training, "against", lambda case, python, *_: {"workload": case.name})
     named = flags("--peer", "hf", "--peer_python", sys.executable)
-    setting = training.Setting("m", "bfloat16", 1, "avx2")
+    setting = training.Setting("m", "bfloat16", "float32", 1)
     assert list(training.rows_against("bench.ppo", cases, named, setting)) == [{"workload": "sft"}]
 
 
