@@ -50,13 +50,13 @@ def check(model: engine.HybridEngine) -> None:
 
 
 def check_against_transformers(folder: str) -> None:
-    """fp32 log-probs within 1e-4 of transformers' (design.md section 5)."""
+    """fp32 log-probs within 1e-4 of transformers' in fp64 (design.md section 5): its fp32 can be 2e-4 off."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.tensor(workloads.random_prompts(2, 96))
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.no_grad():
-        logprobs = theirs(ids[:, :-1]).logits.double().log_softmax(-1)
+        logprobs = theirs(ids[:, :-1]).logits.log_softmax(-1)
     want = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
     ours = engine.HybridEngine.from_pretrained(folder, dtype="float32")
     for got, row in zip(ours.logprobs(ids.tolist()), want, strict=True):

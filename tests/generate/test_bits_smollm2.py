@@ -71,21 +71,23 @@ def our_logits(folder, dtype, sequences):  # (N, V)
 
 @pytest.fixture(scope="module")
 def float32_logits(smollm2, prompts):
-    """transformers' and ours."""
+    """transformers', ours, and transformers' in float64."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    return their_logits(model, prompts), our_logits(smollm2, "float32", prompts)
+    theirs, ours = their_logits(model, prompts), our_logits(smollm2, "float32", prompts)
+    return theirs, ours, their_logits(model.double(), prompts)
 
 
 def test_float32_logits_are_those_of_transformers(float32_logits):
-    theirs, ours = float32_logits
+    theirs, ours, _ = float32_logits
     assert theirs.std() > 0.5
     assert (ours - theirs).pow(2).mean().sqrt() <= 1e-4
 
 
 @pytest.mark.skipif(not kernels_usable(), reason="of the C++ kernels' sums")
 def test_every_float32_logit_is_that_of_transformers(float32_logits):
-    theirs, ours = float32_logits
-    assert (ours - theirs).abs().max() <= 1e-4
+    """In float64: its own float32 logits are up to 2e-4 from those where torch's products take 16 lanes, ours 7e-5."""
+    _, ours, truth = float32_logits
+    assert (ours - truth).abs().max() <= 1e-4
 
 
 def test_bfloat16_logits_follow_the_tolerance_rule(smollm2, prompts):
