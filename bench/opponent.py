@@ -6,6 +6,7 @@ llama-batched-bench and the model as f16.gguf or bf16.gguf somewhere in it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from bench import served
 from bench.workloads import Case
+from engine import ops
 
 NAMES = ("hf", "vllm", "llama")
 # Classes whose peers are fastest in float32: without bf16 instructions, or with ones of half its rate, as those that
@@ -27,6 +29,15 @@ DTYPES = ("float32", "bfloat16")
 def best_dtype(cpu_class: str) -> str:
     """What peers on this class are measured in, unless told."""
     return "float32" if cpu_class in FLOAT32_FIRST else "bfloat16"
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer_dtype",
+        choices=DTYPES,
+        default=best_dtype(ops.cpu_class()),
+        help="the peers'; by default their best on this class",
+    )
 
 
 class Missing(Exception):

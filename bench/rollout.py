@@ -33,7 +33,7 @@ import torch
 
 import engine
 from bench import decode, machine, records, workloads
-from bench.opponent import DTYPES, NAMES, Missing, Opponent, best_dtype, opponent
+from bench.opponent import NAMES, Missing, Opponent, add_dtype_flag, opponent
 from engine import ops
 
 Row = dict[str, Any]
@@ -175,12 +175,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="NAME")
     parser.add_argument("--sequences", nargs="+", type=int, default=(1, 16, 64), help="of rollout")
     parser.add_argument("--dtype", default="bfloat16", help="the engine's storage dtype")
-    parser.add_argument(
-        "--peer_dtype",
-        choices=DTYPES,
-        default=best_dtype(ops.cpu_class()),
-        help="the peers'; by default their best on this class",
-    )
+    add_dtype_flag(parser)
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, records
-from bench.opponent import DTYPES, Missing, best_dtype
+from bench.opponent import Missing, add_dtype_flag
 from bench.served import Served, peer_environment
 from bench.training_cases import Case
 from bench.workloads import spread
-from engine import ops
 
 Row = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -163,12 +162,7 @@ def add_flags(
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the engine's storage"
     )
-    parser.add_argument(
-        "--peer_dtype",
-        choices=DTYPES,
-        default=best_dtype(ops.cpu_class()),
-        help="the peers'; by default their best on this class",
-    )
+    add_dtype_flag(parser)
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
